@@ -1,0 +1,132 @@
+"""Runs in: every process (types only). Owner: the monitor of one container, at monitors/<id>/ctl.sock.
+
+ADDITIVE ONLY: a monitor of the last release must understand the `cri` of the next.
+"""
+
+from __future__ import annotations
+
+from . import Body, Empty, Request, request
+
+
+class ExitRecord(Body):
+    """How a container ended; also the content (JSON) of `monitors/<id>/exit.json`. Times: wall clock, ns."""
+
+    container_id: str
+    exit_code: int  # 128+n for signal n, -1 unknown
+    signal: int = 0
+    oom_killed: bool = False
+    started_at_ns: int = 0  # 0: never started
+    finished_at_ns: int = 0
+    reason: str = ""  # "OOMKilled", "Completed", "Error", or "" to be derived
+    message: str = ""
+
+
+class Created(Body):
+    pid: int
+
+
+@request("monitor.container.create", reply=Created, idempotent=True)
+class Create(Request[Created]):
+    """Write the bundle, make the log directory and file, run the OCI runtime's `create`.
+
+    `spec` is the OCI config.json as bytes; the monitor writes it to `monitors/<id>/bundle/config.json`.
+    Sent again after success it returns the same pid. INVALID_ARGUMENT / FAILED_PRECONDITION carry the
+    runtime's own sentence; after a failure the monitor cleans up and exits.
+    """
+
+    spec: bytes
+    runtime_name: str
+    runtime_path: str
+    runtime_root: str  # --root of the OCI runtime
+    log_path: str = ""  # "" = no log file
+    terminal: bool = False
+    stdin: bool = False
+    stdin_once: bool = False
+    systemd_cgroup: bool = False
+    cgroup_path: str = ""  # of the container, relative to each hierarchy; for OOM and cleanup
+    cgroup_version: int = 2
+    timeout_ms: int = 240_000
+    runtime_args: list[str] = []
+
+
+class Started(Body):
+    started_at_ns: int
+
+
+@request("monitor.container.start", reply=Started, idempotent=True)
+class Start(Request[Started]):
+    """Run the OCI runtime's `start`. FAILED_PRECONDITION if the container is not CREATED (or running: then
+    the first start's answer is returned)."""
+
+    timeout_ms: int = 60_000
+
+
+class Stopped(Body):
+    exit: ExitRecord
+
+
+@request("monitor.container.stop", reply=Stopped, idempotent=True)
+class Stop(Request[Stopped]):
+    """Send `signal`, after `grace_ms` SIGKILL until it is gone; answers when the exit record is on disk.
+
+    The monitor goes on with it when the caller is gone. A later call with a shorter grace shortens the
+    wait; a longer one does not lengthen it. A container that was created and never started is deleted.
+    """
+
+    signal: str = "SIGTERM"
+    grace_ms: int = 10_000
+
+
+@request("monitor.container.wait", reply=Stopped, idempotent=True)
+class Wait(Request[Stopped]):
+    """Answers when the container has ended and its exit record is on disk; no deadline of its own."""
+
+
+@request("monitor.container.delete", idempotent=True)
+class Delete(Request[Empty]):
+    """Kill what runs, delete the runtime's state, write the record; the monitor exits after the answer."""
+
+
+class State(Body):
+    container_id: str
+    status: str  # "new", "created", "running", "stopped"
+    pid: int = 0
+    monitor_pid: int = 0
+    created_at_ns: int = 0
+    started_at_ns: int = 0
+    exit: ExitRecord | None = None
+    log_bytes: int = 0
+    log_bytes_dropped: int = 0
+    execs: int = 0
+
+
+@request("monitor.container.state", reply=State, idempotent=True)
+class StateGet(Request[State]):
+    """What the monitor knows."""
+
+
+@request("monitor.log.reopen", idempotent=True)
+class LogReopen(Request[Empty]):
+    """Close and reopen (create if gone) the log file at its path, between two records."""
+
+
+class ExecDone(Body):
+    exit_code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    timed_out: bool = False
+    stdout_dropped: int = 0  # bytes over the limit
+    stderr_dropped: int = 0
+
+
+@request("monitor.exec.sync", reply=ExecDone, idempotent=False)
+class ExecSync(Request[ExecDone]):
+    """Run a process in the container and collect its output.
+
+    `process` is the OCI process object (JSON). `timeout_ms` 0 = none; when it ends the whole exec is
+    killed and `timed_out` is set. If the caller cancels or goes away, the exec is killed too.
+    """
+
+    process: bytes
+    timeout_ms: int = 0
+    limit: int = 16 * 1024 * 1024  # bytes kept of each stream

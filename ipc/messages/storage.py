@@ -1,0 +1,229 @@
+"""Runs in: every process (types only). Owner: storage. Caller: cri.
+
+Layers, images, container root file systems, and the few things that `cri` must not touch itself on
+the host's file system (files of a pod, mount sources, users of an image).
+"""
+
+from __future__ import annotations
+
+from . import Body, Empty, Request, request
+
+
+class LayerBegun(Body):
+    """`present`: the layer is there already, no descriptor comes. Else one descriptor comes with the
+    reply: the write end of the pipe into the unpack child; the blob's bytes go there, then EOF."""
+
+    present: bool
+    size: int = 0
+
+
+@request("storage.layer.begin", reply=LayerBegun, idempotent=True)
+class LayerBegin(Request[LayerBegun]):
+    """Start to unpack one layer into staging, in a sandboxed `unpack` child of its own.
+
+    Layers are keyed by `chain_id` (OCI image-spec, "Layer ChainID"). Begun again for the same chain id, a
+    staging of before is killed and thrown away. What was begun on a connection that closes without commit
+    is thrown away too.
+    """
+
+    chain_id: str
+    parent: str  # chain id of the layer below, "" for the lowest
+    diff_id: str  # digest of the uncompressed tar, checked on commit
+    blob_digest: str  # digest of the compressed bytes, checked on commit too
+    blob_size: int
+    media_type: str
+
+
+class LayerCommitted(Body):
+    size: int  # bytes on disk, unpacked
+    entries: int
+
+
+@request("storage.layer.commit", reply=LayerCommitted, idempotent=True)
+class LayerCommit(Request[LayerCommitted]):
+    """Wait for the unpack child, check diff id, digest and size, rename into place. The parent must be committed.
+
+    DATA_LOSS on a wrong digest or size, INVALID_ARGUMENT on a hostile archive, RESOURCE_EXHAUSTED on a
+    bomb or a full disk; nothing is left then. Committed again: the same answer.
+    """
+
+    chain_id: str
+
+
+@request("storage.layer.abort", idempotent=True)
+class LayerAbort(Request[Empty]):
+    chain_id: str
+
+
+class ImageRecord(Body):
+    """One image. `id` is "sha256:..." of its config; `names` are full references with tag; `digests` are
+    `repository@sha256:...` of its manifest (or index) as it was pulled."""
+
+    id: str
+    config: bytes  # the image's config JSON, verbatim
+    manifest: bytes = b""
+    manifest_media_type: str = ""
+    names: list[str] = []
+    digests: list[str] = []
+    layers: list[str] = []  # chain ids, lowest first
+    size: int = 0  # sum of unpacked layers, bytes
+    pinned: bool = False
+    created_at_ns: int = 0
+    in_use: int = 0  # containers on it (answer only)
+
+
+class ImageStored(Body):
+    image: ImageRecord
+
+
+@request("storage.image.put", reply=ImageStored, idempotent=True)
+class ImagePut(Request[ImageStored]):
+    """Record an image whose layers are all committed; its names and digests are taken away from others and
+    merged with those it has."""
+
+    image: ImageRecord
+
+
+class ImageFound(Body):
+    image: ImageRecord | None
+
+
+@request("storage.image.get", reply=ImageFound, idempotent=True)
+class ImageGet(Request[ImageFound]):
+    """Find an image by id ("sha256:HEX", HEX or a unique prefix of it of 3 digits or more), full name or digest
+    reference. `reference` is already normalised by the caller; None if absent; INVALID_ARGUMENT if ambiguous."""
+
+    reference: str
+
+
+class ImagesListed(Body):
+    images: list[ImageRecord]
+
+
+@request("storage.image.list", reply=ImagesListed, idempotent=True)
+class ImageList(Request[ImagesListed]):
+    pass
+
+
+@request("storage.image.remove", idempotent=True)
+class ImageRemove(Request[Empty]):
+    """CRI RemoveImage: by id all names go and the image with them; by name or digest that name goes, and the
+    image when it was the last. FAILED_PRECONDITION while a container uses the image. Absent is success.
+    Layers that nothing refers to are deleted in a child, after the answer is safe."""
+
+    reference: str
+
+
+class FsInfo(Body):
+    mountpoint: str
+    used_bytes: int
+    used_inodes: int
+    available_bytes: int = 0
+    timestamp_ns: int = 0
+
+
+@request("storage.fs.info", reply=FsInfo, idempotent=True)
+class FsInfoGet(Request[FsInfo]):
+    """What images and containers occupy, kept as sums, never walked per call."""
+
+
+class PodFiles(Body):
+    """Paths on the host, for bind mounts; "" where the pod has none."""
+
+    directory: str
+    shm: str
+    resolv_conf: str
+    hostname: str
+    hosts: str
+
+
+@request("storage.pod.setup", reply=PodFiles, idempotent=True)
+class PodSetup(Request[PodFiles]):
+    """Make `<run_root>/pods/<pod_id>/` with resolv.conf, hostname, hosts and a tmpfs for /dev/shm.
+
+    `resolv_conf` None: a copy of the host's. `shm_bytes` 0: no tmpfs (host IPC: the host's /dev/shm is used).
+    """
+
+    pod_id: str
+    hostname: str
+    resolv_conf: bytes | None = None
+    shm_bytes: int = 64 * 1024 * 1024
+
+
+@request("storage.pod.teardown", idempotent=True)
+class PodTeardown(Request[Empty]):
+    pod_id: str
+
+
+class MountSource(Body):
+    """One host path that a container mounts: made (mkdir -p, 0755) if missing, resolved, looked at."""
+
+    path: str
+    create: bool = True
+    propagation: str = "private"  # CRI: private, host-to-container, bidirectional
+
+
+class MountSourceInfo(Body):
+    path: str  # real path, links resolved
+    is_directory: bool = True
+    shared: bool = False  # the mount it lies on is a shared peer
+    slave: bool = False
+    locked_flags: list[str] = []  # nosuid, nodev, noexec, ro of the source's mount
+
+
+class ContainerUser(Body):
+    """What to resolve inside the image. At most one of uid/name is used, uid first; `image_user` is the
+    image config's USER ("name", "uid", "uid:gid", "name:group"), taken when both are empty."""
+
+    uid: int | None = None
+    gid: int | None = None
+    name: str = ""
+    image_user: str = ""
+    supplemental: list[int] = []
+    strict: bool = False  # CRI SupplementalGroupsPolicy Strict: ignore the image's /etc/group
+
+
+class ContainerRootfs(Body):
+    rootfs: str  # mount point, <run_root>/containers/<id>/rootfs
+    uid: int
+    gid: int
+    additional_gids: list[int]
+    home: str = "/"
+    user_name: str = ""
+    mounts: list[MountSourceInfo] = []  # in the order of the request
+
+
+@request("storage.container.create", reply=ContainerRootfs, idempotent=True)
+class ContainerCreate(Request[ContainerRootfs]):
+    """Make the writable layer, mount the overlay, resolve user and mount sources. All or nothing."""
+
+    container_id: str
+    pod_id: str
+    image_id: str
+    user: ContainerUser
+    mounts: list[MountSource] = []
+    read_only: bool = False
+
+
+@request("storage.container.remove", idempotent=True)
+class ContainerRemove(Request[Empty]):
+    """Unmount, delete the writable layer, drop the image reference. Absent is success."""
+
+    container_id: str
+
+
+@request("storage.container.unmount", idempotent=True)
+class ContainerUnmount(Request[Empty]):
+    """Unmount only: an exited container needs no overlay mount until it is removed."""
+
+    container_id: str
+
+
+class Inventory(Body):
+    containers: list[str]
+    pods: list[str]
+
+
+@request("storage.inventory.list", reply=Inventory, idempotent=True)
+class InventoryList(Request[Inventory]):
+    """Every container and pod that storage still has something of; `cri` removes what it does not know."""

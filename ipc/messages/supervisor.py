@@ -1,0 +1,177 @@
+"""Runs in: every process (types only). Owner: the supervisor.
+
+What `cri`, `ops` and `bulkheadctl` may ask the one privileged process: to start and forget monitors and
+pod inits, to tell what it knows. Nothing here carries text from a network that it would have to parse.
+"""
+
+from __future__ import annotations
+
+from . import Body, Empty, Request, request
+
+
+class MonitorStarted(Body):
+    pid: int
+
+
+@request("supervisor.monitor.start", reply=MonitorStarted, idempotent=True)
+class MonitorStart(Request[MonitorStarted]):
+    """Fork the monitor of a container, or return the one that lives.
+
+    The supervisor makes `<run_root>/monitors/<container_id>/` and the monitor has bound `ctl.sock` in it
+    and holds `lock` when the reply is sent. FAILED_PRECONDITION if an exit record stands there already.
+    """
+
+    container_id: str
+    pod_id: str
+    cgroup_parent: str = ""
+
+
+@request("supervisor.monitor.remove", idempotent=True)
+class MonitorRemove(Request[Empty]):
+    """Remove `<run_root>/monitors/<container_id>/`. FAILED_PRECONDITION while the monitor lives."""
+
+    container_id: str
+
+
+class MonitorState(Body):
+    container_id: str
+    alive: bool
+    pid: int = 0
+
+
+class MonitorsListed(Body):
+    monitors: list[MonitorState]
+
+
+@request("supervisor.monitor.list", reply=MonitorsListed, idempotent=True)
+class MonitorList(Request[MonitorsListed]):
+    """Every directory under `<run_root>/monitors/` and whether its lock is held."""
+
+
+class InitStarted(Body):
+    pid: int
+    pid_namespace: str  # path of the pinned namespace, <run_root>/ns/<pod_id>/pid
+
+
+@request("supervisor.init.start", reply=InitStarted, idempotent=True)
+class InitStart(Request[InitStarted]):
+    """Start the built-in init of a pod that shares its PID namespace, and pin that namespace.
+
+    The init is placed in `cgroup_parent` (CRI spelling, as in the pod's config) so that its cost is the
+    pod's.
+    """
+
+    pod_id: str
+    cgroup_parent: str = ""
+
+
+@request("supervisor.init.stop", idempotent=True)
+class InitStop(Request[Empty]):
+    """Kill the pod's init (and with it every process of the namespace), unpin the namespace."""
+
+    pod_id: str
+
+
+class InitState(Body):
+    pod_id: str
+    alive: bool
+    pid: int = 0
+
+
+class InitsListed(Body):
+    inits: list[InitState]
+
+
+@request("supervisor.init.list", reply=InitsListed, idempotent=True)
+class InitList(Request[InitsListed]):
+    """Every pod init the supervisor knows."""
+
+
+class RuntimeInfo(Body):
+    """What an OCI runtime says of itself (`features`); `known` is False where it has no such command."""
+
+    name: str
+    path: str
+    version: str = ""
+    known: bool = False
+    recursive_read_only: bool = False
+    idmap: bool = False
+    oci_version_max: str = "1.0.2"
+    default: bool = False
+
+
+class HostInfo(Body):
+    cgroup_version: int  # 1 or 2; 1 also for hybrid hosts whose controllers are in v1
+    cgroup_driver: str  # "systemd" or "cgroupfs"
+    cgroup_controllers: list[str]
+    runtimes: list[RuntimeInfo]
+    kernel: str
+    boot_id: str
+    seccomp: bool
+    apparmor: bool
+    selinux: bool
+    swap: bool
+    oom_score_floor: int  # the lowest oom_score_adj that this host lets us set
+    capabilities: list[str]  # CAP_* that the supervisor itself has: no container can have more
+    degraded: list[str]  # what the kernel or the host lacks, a sentence each
+
+
+@request("supervisor.host.info", reply=HostInfo, idempotent=True)
+class HostInfoGet(Request[HostInfo]):
+    """Facts of the node that were probed at start."""
+
+
+class InFlight(Body):
+    """One request that a worker is serving: its type, its age, and what it is doing now."""
+
+    type: str
+    age_ms: int
+    peer: str = ""
+    doing: str = ""
+
+
+class SandboxReport(Body):
+    """What holds in a process after its sandbox was applied; made by the process, checked by the supervisor."""
+
+    uid: int
+    gid: int
+    groups: list[int] = []
+    capabilities: list[str] = []  # effective
+    bounding: list[str] = []
+    namespaces: list[str] = []  # new ones: "net", "mnt", "ipc", "uts", "cgroup"
+    no_new_privs: bool = False
+    seccomp: str = "off"  # or the name of the list
+    landlock: int = 0  # ABI version in force, 0 = off
+    rlimits: dict[str, int] = {}
+    degraded: list[str] = []
+
+
+class WorkerState(Body):
+    kind: str  # as in the process table; "supervisor" and "monitor" too
+    name: str  # kind, or "monitor <id>"
+    state: str  # starting, ready, stopping, idle (on demand, none runs), backoff, failed
+    pid: int = 0
+    started_at_ns: int = 0  # wall clock, for people
+    restarts: int = 0
+    uid: int = 0
+    requests: list[InFlight] = []
+    last_death: str = ""  # "signal 9 (SIGKILL) at 2026-01-01T00:00:00Z after 12 s"
+    last_ping_ms: int = -1  # age of the last answered health ping
+    doing: str = ""
+    sandbox: SandboxReport | None = None
+
+
+class WorkersListed(Body):
+    workers: list[WorkerState]
+
+
+@request("supervisor.worker.list", reply=WorkersListed, idempotent=True)
+class WorkerList(Request[WorkersListed]):
+    """Every process of the map, the supervisor first, monitors last. Memory and CPU are read by the asker."""
+
+
+@request("supervisor.worker.restart", idempotent=False)
+class WorkerRestart(Request[Empty]):
+    """End one kind's workers in order and start them anew (bulkheadctl only)."""
+
+    kind: str

@@ -1,0 +1,108 @@
+"""Runs in: every process.
+
+What each worker is told of the configuration: its own part and no more. The supervisor reads and checks
+the files (supervisor/config.py) and makes these; each child keeps only its own after the fork.
+Paths are absolute, times are seconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ipc.messages import Body
+
+
+class Runtime(Body):
+    """One OCI runtime handler (`[runtimes.NAME]`)."""
+
+    name: str
+    path: str
+    root: str  # the runtime's --root
+    args: list[str] = []
+
+
+class Common(Body):
+    """What every worker knows."""
+
+    root: str  # persistent state
+    run_root: str  # state of this boot
+    log_level: str = "info"
+    #: who is who: uid of a peer (SO_PEERCRED) -> kind. 0 is "root": supervisor, storage, network, monitors, bulkheadctl.
+    uids: dict[int, str] = {}
+
+    def ipc_socket(self, kind: str) -> str:
+        """Path of the listening socket of a worker kind."""
+        return f"{self.run_root}/ipc/{kind}.sock"
+
+    def monitor_directory(self, container_id: str) -> str:
+        """Directory of a container's monitor."""
+        return f"{self.run_root}/monitors/{container_id}"
+
+
+class CriSettings(Common):
+    listen: str = ""  # the public path; `bind_directory` is where cri itself binds
+    bind_directory: str = ""
+    runtimes: list[Runtime] = []
+    default_runtime: str = ""
+    cgroup_driver: str = "cgroupfs"
+    default_cgroup_parent: str = ""
+    pause_image: str = ""
+    pinned_images: list[str] = []
+    default_capabilities: list[str] = []
+    default_env: list[str] = []
+    default_sysctls: dict[str, str] = {}
+    default_ulimits: list[str] = []
+    container_create_timeout: float = 240.0
+    pod_setup_timeout: float = 300.0
+    stop_timeout: float = 30.0
+    pull_idle_timeout: float = 60.0
+    parallel_layers: int = 3
+    max_message_bytes: int = 80 * 1024 * 1024
+    max_requests: int = 256
+
+
+class ImageSettings(Common):
+    registries_conf: str = "/etc/containers/registries.conf"
+    registries_conf_dir: str = "/etc/containers/registries.conf.d"
+    certs_dirs: list[str] = msgspec.field(
+        default_factory=lambda: ["/etc/containers/certs.d", "/etc/docker/certs.d"]
+    )
+    auth_file: str = ""
+    connect_timeout: float = 10.0
+    read_timeout: float = 30.0
+    max_manifest_bytes: int = 4 * 1024 * 1024
+    max_config_bytes: int = 8 * 1024 * 1024
+    retries: int = 5
+    idle_exit: float = 60.0
+
+
+class StorageSettings(Common):
+    unpack_max_entries: int = 1_000_000
+    unpack_max_bytes: int = 64 * 1024**3
+    unpack_max_ratio: int = 1000
+    unpack_timeout: float = 3600.0
+    unpack_uid: int = 0
+    mount_source_timeout: float = 30.0
+
+
+class NetworkSettings(Common):
+    conf_dir: str = "/etc/cni/net.d"
+    bin_dirs: list[str] = msgspec.field(default_factory=lambda: ["/opt/cni/bin", "/usr/lib/cni"])
+    cache_dir: str = ""  # "" = <run_root>/net
+    setup_timeout: float = 240.0
+    teardown_timeout: float = 60.0
+    default_network: str = ""
+
+
+class MonitorSettings(Common):
+    log_buffer: int = 256 * 1024
+    cri_gid: int = 0  # group that may connect to ctl.sock
+
+
+class StreamSettings(Common):
+    idle_exit: float = 60.0
+
+
+class OpsSettings(Common):
+    listen: str = ""  # Unix socket of HTTP; bound by the supervisor, inherited
+    idle_exit: float = 60.0
