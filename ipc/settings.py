@@ -27,7 +27,8 @@ class Common(Body):
     root: str  # persistent state
     run_root: str  # state of this boot
     log_level: str = "info"
-    #: who is who: uid of a peer (SO_PEERCRED) -> kind. 0 is "root": supervisor, storage, network, monitors, bulkheadctl.
+    #: who is who: uid of a peer (SO_PEERCRED) -> kind. 0 is "root": supervisor, storage, network,
+    #: monitors, bulkheadctl.
     uids: dict[int, str] = {}
 
     def ipc_socket(self, kind: str) -> str:

@@ -41,9 +41,9 @@ class LayerCommitted(Body):
 
 @request("storage.layer.commit", reply=LayerCommitted, idempotent=True)
 class LayerCommit(Request[LayerCommitted]):
-    """Wait for the unpack child, check diff id, digest and size, rename into place. The parent must be committed.
+    """Wait for the unpack child, check diff id, digest and size, rename into place.
 
-    DATA_LOSS on a wrong digest or size, INVALID_ARGUMENT on a hostile archive, RESOURCE_EXHAUSTED on a
+    The parent must be committed. DATA_LOSS on a wrong digest or size, INVALID_ARGUMENT on a hostile archive, RESOURCE_EXHAUSTED on a
     bomb or a full disk; nothing is left then. Committed again: the same answer.
     """
 
@@ -90,8 +90,9 @@ class ImageFound(Body):
 
 @request("storage.image.get", reply=ImageFound, idempotent=True)
 class ImageGet(Request[ImageFound]):
-    """Find an image by id ("sha256:HEX", HEX or a unique prefix of it of 3 digits or more), full name or digest
-    reference. `reference` is already normalised by the caller; None if absent; INVALID_ARGUMENT if ambiguous."""
+    """Find an image by id ("sha256:HEX", HEX or a unique prefix of 3 digits or more), full name or digest reference.
+
+    `reference` is normalised by the caller; None if absent; INVALID_ARGUMENT if ambiguous."""
 
     reference: str
 

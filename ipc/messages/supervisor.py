@@ -131,7 +131,7 @@ class InFlight(Body):
 
 
 class SandboxReport(Body):
-    """What holds in a process after its sandbox was applied; made by the process, checked by the supervisor."""
+    """What holds in a process after its sandbox shut: made there, checked by the supervisor."""
 
     uid: int
     gid: int
