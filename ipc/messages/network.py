@@ -47,8 +47,8 @@ class PodSetup(Request[PodNetwork]):
 
 @request("network.pod.teardown", idempotent=True)
 class PodTeardown(Request[Empty]):
-    """CNI DEL (also when the namespace is gone), unpin, forget. Absent is success. An error leaves the record,
-    so that it can be called again."""
+    """CNI DEL (also when the namespace is gone), unpin, forget. Absent is success. An error leaves the
+    record, so that it can be called again."""
 
     pod_id: str
 

@@ -43,8 +43,8 @@ class LayerCommitted(Body):
 class LayerCommit(Request[LayerCommitted]):
     """Wait for the unpack child, check diff id, digest and size, rename into place.
 
-    The parent must be committed. DATA_LOSS on a wrong digest or size, INVALID_ARGUMENT on a hostile archive, RESOURCE_EXHAUSTED on a
-    bomb or a full disk; nothing is left then. Committed again: the same answer.
+    The parent must be committed. DATA_LOSS on a wrong digest or size, INVALID_ARGUMENT on a hostile archive,
+    RESOURCE_EXHAUSTED on a bomb or a full disk; nothing is left then. Committed again: the same answer.
     """
 
     chain_id: str
@@ -90,7 +90,7 @@ class ImageFound(Body):
 
 @request("storage.image.get", reply=ImageFound, idempotent=True)
 class ImageGet(Request[ImageFound]):
-    """Find an image by id ("sha256:HEX", HEX or a unique prefix of 3 digits or more), full name or digest reference.
+    """Find an image by id ("sha256:HEX", HEX, a unique prefix of 3 digits or more), full name or digest.
 
     `reference` is normalised by the caller; None if absent; INVALID_ARGUMENT if ambiguous."""
 
