@@ -1,0 +1,109 @@
+"""Runs in: supervisor, storage, network, monitor and their children.
+
+One tiny wrapper per system call that Python 3.11 does not offer; an errno becomes a sentence.
+This module and ipc/confine.py and supervisor/sandbox/ are the only ones that may use ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x1000, 0x2000, 0x4000
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 0x1, 0x2, 0x8
+
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
+PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 23, 24, 38, 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
+RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
+
+#: Numbers of calls that the C library has no function for. The same on x86_64 and aarch64 since 5.x.
+SYS_OPENAT2 = 437
+SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None, what: str = "") -> int:
+    """Call the kernel by number. Raises OSError with `what` in its text."""
+    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return _check(int(_libc.syscall(ctypes.c_long(number), *converted)), what or f"system call {number}")
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """mount(2). Raises OSError naming source, type and target."""
+    result = _libc.mount(
+        source.encode() or None,
+        target.encode(),
+        fstype.encode() or None,
+        ctypes.c_ulong(flags),
+        data.encode() or None,
+    )
+    _check(result, f"mount {fstype or 'bind'} {source!r} on {target!r}")
+
+
+def bind_mount(source: str, target: str, *, recursive: bool = False) -> None:
+    """Bind `source` on `target`. Raises OSError."""
+    mount(source, target, "", MS_BIND | (MS_REC if recursive else 0))
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2), never following a final link. Raises OSError."""
+    _check(_libc.umount2(target.encode(), flags | UMOUNT_NOFOLLOW), f"unmount {target!r}")
+
+
+def unshare(flags: int) -> None:
+    """unshare(2). Raises OSError."""
+    _check(_libc.unshare(flags), f"unshare {flags:#x}")
+
+
+def setns(fd: int, flags: int = 0) -> None:
+    """setns(2). Raises OSError."""
+    _check(_libc.setns(fd, flags), "setns")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2). Raises OSError."""
+    syscall(SYS_PIVOT_ROOT, new_root.encode(), put_old.encode(), what=f"pivot_root {new_root!r}")
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2) with integer arguments. Raises OSError."""
+    arguments = (ctypes.c_ulong(a) for a in (arg2, arg3, arg4, arg5))
+    return _check(int(_libc.prctl(option, *arguments)), f"prctl {option}")
+
+
+def die_with_parent(signal_number: int, parent: int) -> None:
+    """Get `signal_number` when the forking thread dies; exit at once if `parent` (a pid) is gone already."""
+    prctl(PR_SET_PDEATHSIG, signal_number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants become this process's children from now on. Raises OSError."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def openat2(directory_fd: int, path: str | bytes, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2): open with restrictions on how `path` is resolved. Returns a descriptor. Raises OSError."""
+    raw = os.fsencode(path)
+    how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve), 24)
+    return syscall(SYS_OPENAT2, directory_fd, raw, how, 24, what=f"open {os.fsdecode(raw)!r}")

@@ -1,0 +1,277 @@
+"""Runs in: every worker, first code after the fork.
+
+The skeleton that all workers share. A worker's main module has two functions: `prepare(context)`, still
+root, imports and opens what it needs; `run(context, state)` serves, with the sandbox shut. What stands
+between them is the supervisor's (`enter`). It owns the control channel to the supervisor: hello, health,
+stop, reload. It refuses nothing and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from ipc import aio, log
+from ipc.channel import Peer
+from ipc.errors import RemoteError
+from ipc.fds import FdSet
+from ipc.log import Log
+from ipc.loop import Loop
+from ipc.messages import Body, Empty, control
+from ipc.messages.supervisor import SandboxReport
+from ipc.serve import Call, Connection, Server
+from ipc.settings import Common
+from ipc.table import Handler, table
+
+S = TypeVar("S", bound=Common)
+SUPERVISOR = Peer(0, 0, 0, "supervisor")
+HELLO_TIMEOUT = 10.0
+
+
+@dataclass
+class Context(Generic[S]):
+    """What the supervisor hands to a worker. The sockets are the worker's own from here on.
+
+    `listener` listens at `<run_root>/ipc/<kind>.sock`; `control` is one end of a pair; `extra` holds further
+    listening sockets by name. `report` is filled in when the sandbox is shut.
+    """
+
+    kind: str
+    settings: S
+    log: Log
+    listener: socket.socket | None = None
+    control: socket.socket | None = None
+    extra: dict[str, socket.socket] = field(default_factory=dict)
+    report: SandboxReport = field(default_factory=lambda: SandboxReport(uid=0, gid=0))
+
+
+class WorkerModule(Protocol):
+    """What workers/X/main.py offers."""
+
+    def prepare(self, context: Context[Any]) -> Any: ...
+
+    def run(self, context: Context[Any], state: Any) -> None: ...
+
+
+def main(module: WorkerModule, context: Context[Any], enter: Callable[[], SandboxReport]) -> None:
+    """A worker's life: prepare, shut the sandbox, run. Returns when the worker is to exit cleanly."""
+    log.set_log(context.log)
+    state = module.prepare(context)
+    context.report = enter()
+    module.run(context, state)
+
+
+# -- selector workers -------------------------------------------------------------------------------------
+
+
+class Service:
+    """A selector worker's server and control channel on one loop."""
+
+    def __init__(
+        self,
+        context: Context[Any],
+        loop: Loop,
+        handlers: Mapping[str, Handler],
+        *,
+        on_reload: Callable[[bytes], object] | None = None,
+        doing: Callable[[], str] | None = None,
+        on_stop: Callable[[], object] | None = None,
+    ) -> None:
+        self.server = Server(loop, handlers, context.settings.uids, log=context.log)
+        self._context = context
+        self._loop = loop
+        self._on_reload = on_reload
+        self._on_stop = on_stop
+        self._doing = doing or (lambda: "")
+        self._stopping = False
+
+    def run(self) -> None:
+        """Say hello, serve until told to stop."""
+        assert self._context.control is not None
+        self._loop.on_signal(signal.SIGTERM, lambda: self._stop(5.0))
+        connection = Connection(
+            self._loop, self._context.control, SUPERVISOR, self._control_handlers(), log=self._context.log
+        )
+        connection.on_close(self._loop.stop)
+        connection.ask(control.Hello(report=self._context.report), self._welcome, timeout=HELLO_TIMEOUT)
+        self._loop.run()
+        self.server.close()
+
+    def _control_handlers(self) -> Mapping[str, Handler]:
+        return _control_table(self._ping, self._told_to_stop, self._reload)
+
+    def _welcome(self, answer: Body | RemoteError, _fds: object) -> None:
+        if isinstance(answer, RemoteError):
+            raise answer
+        if self._context.listener is not None:
+            self.server.listen(self._context.listener)
+
+    def _ping(self, _call: Call, _body: control.Ping) -> control.Health:
+        return control.Health(requests=self.server.in_flight(), doing=self._doing())
+
+    def _told_to_stop(self, _call: Call, body: control.Stop) -> Empty:
+        self._stop(body.grace_ms / 1000)
+        return Empty()
+
+    def _reload(self, _call: Call, body: control.Reload) -> Empty:
+        if self._on_reload is not None:
+            self._on_reload(body.settings)
+        return Empty()
+
+    def _stop(self, grace: float) -> None:
+        if not self._stopping:
+            self._stopping = True
+            self.server.stop_accepting()
+            if self._on_stop is not None:
+                self._on_stop()
+            self._finish(time.monotonic() + grace)
+
+    def _finish(self, until: float) -> None:
+        if not self.server.in_flight() or time.monotonic() >= until:
+            self._loop.call_soon(self._loop.stop)
+        else:
+            self._loop.call_later(0.02, lambda: self._finish(until))
+
+
+def serve(
+    context: Context[Any],
+    loop: Loop,
+    handlers: Mapping[str, Handler],
+    *,
+    on_reload: Callable[[bytes], object] | None = None,
+    doing: Callable[[], str] | None = None,
+    on_stop: Callable[[], object] | None = None,
+) -> None:
+    """Serve `handlers` on the context's listener until the supervisor or SIGTERM says stop."""
+    Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop).run()
+
+
+# -- asyncio workers --------------------------------------------------------------------------------------
+
+
+class AioService:
+    """An asyncio worker's server and control channel: `await start()`, then `await wait()`."""
+
+    def __init__(
+        self,
+        context: Context[Any],
+        handlers: Mapping[str, Handler],
+        *,
+        on_reload: Callable[[bytes], object] | None = None,
+        doing: Callable[[], str] | None = None,
+        on_stop: Callable[[], Awaitable[object]] | None = None,
+        busy: Callable[[], bool] | None = None,
+        idle_exit: float | None = None,
+    ) -> None:
+        self.server = aio.Server(handlers, context.settings.uids, log=context.log)
+        self._context = context
+        self._on_reload = on_reload
+        self._on_stop = on_stop
+        self._doing = doing or (lambda: "")
+        self._busy = busy or (lambda: False)
+        self._idle_exit = idle_exit
+        self._grace = 5.0
+        self._stop = asyncio.Event()
+        self._control: aio.Connection | None = None
+
+    async def start(self) -> None:
+        """Say hello to the supervisor, then accept. Raises RemoteError if the supervisor refuses."""
+        assert self._context.control is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        handlers = _control_table(self._ping, self._told_to_stop, self._reload)
+        self._control = aio.Connection(
+            self._context.control, SUPERVISOR, handlers, log=self._context.log, on_bug=self._bug
+        )
+        self._control.on_close = lambda _connection: self._stop.set()
+        await self.tell(control.Hello(report=self._context.report))
+        if self._context.listener is not None:
+            self.server.start(self._context.listener)
+
+    async def tell(self, request: control.Hello | control.SocketBound) -> None:
+        """Tell the supervisor something over the control channel. Raises RemoteError, aio.Lost."""
+        assert self._control is not None
+        await self._control.ask(request, FdSet(), time.monotonic() + HELLO_TIMEOUT)
+
+    def stop(self) -> None:
+        """Make wait() return."""
+        self._stop.set()
+
+    async def wait(self) -> None:
+        """Serve until told to stop or idle for `idle_exit` seconds; raises the first bug of a handler."""
+        idle = asyncio.create_task(self._watch_idle())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            ends: set[asyncio.Future[Any]] = {stop, idle, self.server.failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self.server.failed.done():
+                self.server.failed.result()
+            self.server.stop_accepting()
+            if self._on_stop is not None:
+                await self._on_stop()
+            await self.server.close(self._grace)
+        finally:
+            for task in (idle, stop):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _watch_idle(self) -> None:
+        if self._idle_exit is None:
+            await asyncio.Event().wait()
+        assert self._idle_exit is not None
+        last_busy = time.monotonic()
+        while time.monotonic() - last_busy < self._idle_exit:
+            await asyncio.sleep(min(1.0, self._idle_exit / 4))
+            if self.server.connections or self._busy():
+                last_busy = time.monotonic()
+
+    async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
+        return control.Health(requests=self.server.in_flight(), doing=self._doing())
+
+    async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
+        self._grace = body.grace_ms / 1000
+        self._stop.set()
+        return Empty()
+
+    async def _reload(self, _call: aio.Call, body: control.Reload) -> Empty:
+        if self._on_reload is not None:
+            self._on_reload(body.settings)
+        return Empty()
+
+    def _bug(self, error: BaseException) -> None:
+        if not self.server.failed.done():
+            self.server.failed.set_exception(error)
+
+
+async def serve_aio(
+    context: Context[Any],
+    handlers: Mapping[str, Handler],
+    *,
+    on_stop: Callable[[], Awaitable[object]] | None = None,
+    on_reload: Callable[[bytes], object] | None = None,
+    busy: Callable[[], bool] | None = None,
+    idle_exit: float | None = None,
+) -> None:
+    """Serve `handlers` on the context's listener until told to stop, or idle for `idle_exit` seconds."""
+    service = AioService(
+        context, handlers, on_stop=on_stop, on_reload=on_reload, busy=busy, idle_exit=idle_exit
+    )
+    await service.start()
+    await service.wait()
+
+
+def _control_table(
+    ping: Callable[..., Any], stop: Callable[..., Any], reload: Callable[..., Any]
+) -> Mapping[str, Handler]:
+    callers = frozenset({"supervisor"})
+    return table(
+        Handler(control.Ping, ping, callers),
+        Handler(control.Stop, stop, callers),
+        Handler(control.Reload, reload, callers),
+    )

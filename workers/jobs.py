@@ -1,0 +1,228 @@
+"""Runs in: storage, network (and forks from them).
+
+Short-lived children for what can take long or touches a path that a user or an image named: the worker's
+loop never blocks, and a hung mount costs one child. A child dies with its worker, leads a process group of
+its own that is killed whole, keeps only the descriptors it was given, and leaves through os._exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from ipc import kernel, log
+from ipc.errors import Code, RemoteError
+from ipc.loop import Loop
+from ipc.messages import Body
+from ipc.serve import Call
+
+Outcome = Any  # what the function returned (msgpack types), or RemoteError
+RESULT_LIMIT = 64 * 1024 * 1024
+
+
+class Job:
+    """One child at work. `on_done(outcome)` is called once, when it has ended and was reaped."""
+
+    def __init__(
+        self, loop: Loop, pid: int, result_fd: int, name: str, on_done: Callable[[Outcome], object]
+    ) -> None:
+        self.pid = pid
+        self.name = name
+        self.doing = name
+        self._loop = loop
+        self._fd = result_fd
+        self._data = bytearray()
+        self._code: int | None = None
+        self._why: RemoteError | None = None
+        self._on_done = on_done
+        os.set_blocking(result_fd, False)
+        loop.add_reader(result_fd, self._readable)
+        loop.watch_child(pid, self._ended)
+
+    @property
+    def finished(self) -> bool:
+        return self._code is not None
+
+    def kill(self, why: RemoteError | None = None) -> None:
+        """SIGKILL the child and its process group; `why` becomes the outcome."""
+        if not self.finished:
+            self._why = self._why or why
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self.pid, signal.SIGKILL)
+
+    def _readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self._fd, 65536):
+                self._data += piece
+                if len(self._data) > RESULT_LIMIT:
+                    self.kill(RemoteError(Code.RESOURCE_EXHAUSTED, f"{self.name}: result too large"))
+            self._loop.remove_reader(self._fd)
+
+    def _ended(self, code: int) -> None:
+        self._readable()
+        self._code = code
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # what the child started and left
+        self._on_done(self._outcome(code))
+
+    def _outcome(self, code: int) -> Outcome:
+        if self._why is not None:
+            return self._why
+        try:
+            ok, value = msgspec.msgpack.decode(bytes(self._data))
+        except msgspec.DecodeError:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            return RemoteError(Code.UNAVAILABLE, f"{self.name}: its process {how}")
+        if ok:
+            return value
+        return RemoteError(Code(value[0]), value[1], reason=value[2])
+
+
+class Jobs:
+    """All children of one worker."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self.running: set[Job] = set()
+
+    def start(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        on_done: Callable[[Outcome], object],
+        timeout: float | None = None,
+        fds: Iterable[int] = (),
+        name: str = "",
+    ) -> Job:
+        """Fork a child that runs `function(*args)`; its value must be made of msgpack types.
+
+        The child keeps `fds` (they stay open in the parent too) and nothing else; a RemoteError it raises
+        is the outcome, any other exception is logged with its stack and becomes INTERNAL. After `timeout`
+        seconds it is killed and the outcome is DEADLINE_EXCEEDED. Raises OSError if there can be no child.
+        """
+        title = name or function.__name__.strip("_").replace("_", " ")
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        worker = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _child(self._loop, worker, lambda: _result(function, args), write_fd, fds)
+        os.close(write_fd)
+        return self._watch(pid, read_fd, title, on_done, timeout)
+
+    def _watch(
+        self,
+        pid: int,
+        read_fd: int,
+        title: str,
+        on_done: Callable[[Outcome], object],
+        timeout: float | None,
+    ) -> Job:
+        def done(outcome: Outcome) -> None:
+            self.running.discard(job)
+            if timer is not None:
+                timer.cancel()
+            on_done(outcome)
+
+        job = Job(self._loop, pid, read_fd, title, done)
+        self.running.add(job)
+        late = RemoteError(Code.DEADLINE_EXCEEDED, f"{title}: not done after {timeout} s")
+        timer = None if timeout is None else self._loop.call_later(timeout, lambda: job.kill(late))
+        return job
+
+    def run(
+        self,
+        call: Call,
+        function: Callable[..., Any],
+        *args: Any,
+        then: Callable[[Outcome], Body],
+        timeout: float | None = None,
+        fds: Iterable[int] = (),
+        name: str = "",
+    ) -> Job:
+        """Start a child for a call and answer the call with `then(value)`; `then` may raise RemoteError.
+
+        The child is killed when the call is abandoned.
+        """
+
+        def done(outcome: Outcome) -> None:
+            if isinstance(outcome, RemoteError):
+                call.fail(outcome)
+                return
+            try:
+                call.reply(then(outcome))
+            except RemoteError as error:
+                call.fail(error)
+
+        job = self.start(function, *args, on_done=done, timeout=timeout, fds=fds, name=name)
+        call.doing = job.name
+        call.on_abandon(job.kill)
+        return job
+
+    def kill_all(self) -> None:
+        """SIGKILL every child."""
+        for job in list(self.running):
+            job.kill()
+
+
+def _child(
+    loop: Loop,
+    worker: int,
+    work: Callable[[], bytes],
+    result_fd: int,
+    keep: Iterable[int],
+) -> None:
+    status = 1
+    try:
+        gc.freeze()
+        _become_child(loop, worker, [*keep, result_fd])
+        data = work()
+        while data:
+            data = data[os.write(result_fd, data) :]
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+        log.get().bug("job failed", error)
+    finally:
+        os._exit(status)
+
+
+def _become_child(loop: Loop, worker: int, keep: Sequence[int]) -> None:
+    kernel.die_with_parent(signal.SIGKILL, worker)
+    os.setsid()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    loop.abandon()
+    close_other_fds({0, 1, 2, log.get().fileno(), *keep})
+
+
+def close_other_fds(keep: Iterable[int]) -> None:
+    """Close every descriptor but `keep` (negative numbers are ignored)."""
+    low = 0
+    for fd in sorted(fd for fd in set(keep) if fd >= 0):
+        if low < fd:
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 20) if low < 1 << 20 else None
+
+
+def _result(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
+    try:
+        return msgspec.msgpack.encode([True, function(*args)])
+    except RemoteError as error:
+        return msgspec.msgpack.encode([False, [error.code.value, error.text, error.reason]])
+    except Exception as error:  # noqa: BLE001 - a bug of ours, or a host that fails us: told with its stack
+        log.get().bug("job failed", error, job=function.__name__)
+        text = f"{function.__name__.strip('_').replace('_', ' ')}: {error}"
+        return msgspec.msgpack.encode([False, [Code.INTERNAL.value, text, ""]])
+    finally:
+        sys.stdout.flush()
