@@ -30,6 +30,9 @@ RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
 SYS_OPENAT2 = 437
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
 
+#: struct __user_cap_header_struct: _LINUX_CAPABILITY_VERSION_3, this process.
+_CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -100,6 +103,18 @@ def die_with_parent(signal_number: int, parent: int) -> None:
 def become_subreaper() -> None:
     """Orphaned descendants become this process's children from now on. Raises OSError."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def capget() -> bytes:
+    """The capability sets of this process: struct __user_cap_data_struct[2]."""
+    data = ctypes.create_string_buffer(24)
+    _check(_libc.capget(_CAPABILITY_HEADER, data), "read capabilities")
+    return data.raw
+
+
+def capset(data: bytes) -> None:
+    """Set the capability sets, struct __user_cap_data_struct[2]. Raises OSError for more than there is."""
+    _check(_libc.capset(_CAPABILITY_HEADER, data), "set capabilities")
 
 
 def openat2(directory_fd: int, path: str | bytes, flags: int, *, mode: int = 0, resolve: int = 0) -> int:

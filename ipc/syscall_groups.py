@@ -19,10 +19,12 @@ def _words(text: str) -> frozenset[str]:
 #: Memory, time, own identity, signals to oneself: what any Python process does.
 PROCESS = _words(
     "munmap mremap madvise brk membarrier mincore msync"
-    " futex futex_waitv futex_wait futex_wake futex_requeue set_robust_list get_robust_list rseq set_tid_address"
+    " futex futex_waitv futex_wait futex_wake futex_requeue"
+    " set_robust_list get_robust_list rseq set_tid_address"
     " sched_yield sched_getaffinity sched_getparam sched_getscheduler getcpu"
     " clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times"
-    " getpid gettid getppid getpgrp getpgid getsid getuid geteuid getgid getegid getresuid getresgid getgroups"
+    " getpid gettid getppid getpgrp getpgid getsid"
+    " getuid geteuid getgid getegid getresuid getresgid getgroups"
     " rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack"
     " pause alarm getitimer setitimer restart_syscall exit exit_group"
     " uname sysinfo getrusage getrlimit getrandom capget"
