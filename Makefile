@@ -1,0 +1,63 @@
+# Bulkhead. `make demo` and `make test` do all set-up themselves, on a bare Debian 12 as root.
+SHELL := /bin/bash
+PYTHON := /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := python3 python3-venv crun runc containernetworking-plugins iptables nftables iproute2 \
+	util-linux procps kmod attr libcap2-bin docker-registry skopeo umoci busybox-static apache2-utils \
+	openssl strace gcc libc6-dev
+BENCH_PACKAGES := conmon containerd podman
+
+.DEFAULT_GOAL := help
+.PHONY: help system setup demo test bench test-unit test-root test-crash test-fuzz lint proto lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
+
+system: ## Install the Debian packages that a node and the tests need
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing:" $$missing; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+
+$(STAMP): requirements-dev.lock pyproject.toml | system
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: system $(STAMP) ## Packages, virtual environment, Bulkhead in it
+
+demo: setup ## Start Bulkhead, pull an image, run a pod, show its log, status and workers, clean up
+	@$(BIN)/python -m tests.support.demo
+
+test: setup ## All tests, linters among them
+	@$(BIN)/python -m pytest
+
+test-unit: setup ## Tests that need neither root nor a runtime
+	@$(BIN)/python -m pytest tests/unit tests/ipc
+
+test-root: setup ## Tests of single workers with the real parts
+	@$(BIN)/python -m pytest tests/root tests/process
+
+test-crash: setup ## Every process killed in the middle of every operation
+	@$(BIN)/python -m pytest tests/crash
+
+test-fuzz: setup ## Long fuzzing of what parses input from outside
+	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/fuzz
+
+bench: setup ## Figures, against the bare runtime and against Debian's peers
+	@for p in $(BENCH_PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q 'ok installed' || \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$p >/dev/null; done
+	@$(BIN)/python -m tests.bench
+
+lint: setup ## ruff and mypy alone
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+proto: setup ## Generate the CRI modules anew from ipc/cri/api.proto
+	@$(BIN)/python -m ipc.cri.generate
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
