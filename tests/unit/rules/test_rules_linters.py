@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     "command",
     [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
-    ids=lambda c: " ".join(c),
+    ids=" ".join,
 )
 def test_the_tree_is_clean_for(command: list[str]) -> None:
     done = subprocess.run(

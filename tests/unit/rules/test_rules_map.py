@@ -102,7 +102,7 @@ def test_a_module_imports_only_what_its_place_allows(path: Path) -> None:
 
 
 def may_import(mine: str, name: str) -> bool:
-    if name.split(".")[0] == "ipc" or name == "workers":
+    if name.split(".", maxsplit=1)[0] == "ipc" or name == "workers":
         return True
     if name.startswith(("workers.boot", "workers.jobs")):
         return mine.startswith("workers")
