@@ -136,14 +136,15 @@ class SandboxReport(Body):
     uid: int
     gid: int
     groups: list[int] = []
-    capabilities: list[str] = []  # effective
+    capabilities: list[str] = []  # effective, permitted, inheritable or ambient
     bounding: list[str] = []
     namespaces: list[str] = []  # new ones: "net", "mnt", "ipc", "uts", "cgroup"
     no_new_privs: bool = False
     seccomp: str = "off"  # or the name of the list
     landlock: int = 0  # ABI version in force, 0 = off
-    rlimits: dict[str, int] = {}
-    degraded: list[str] = []
+    rlimits: dict[str, int] = {}  # hard limits by name, without RLIMIT_
+    oom_score_adj: int = 0
+    degraded: list[str] = []  # "what: why", a sentence each
 
 
 class WorkerState(Body):

@@ -19,13 +19,13 @@ The entries that the table is made of (see docs/sandbox.md for the reason of eve
               Bind("/proc"), Bind("/sys/fs/cgroup", tree=True)),
         rlimits={**WORKER_LIMITS, "NOFILE": 65536})
     IMAGE = Sandbox(
-        namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="image", oom_score_adj=-500,
+        namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="image", tcp={"connect"}, oom_score_adj=-500,
         view=(*DEVICES, *NAME_SERVICE, *TRUST, Bind("{run_root}/ipc/log.sock", optional=True),
               Bind("{registries_conf}", optional=True), Bind("{registries_conf_dir}", optional=True),
               Bind("{certs_dirs}", optional=True), Bind("{auth_file}", optional=True)),
         rlimits=WORKER_LIMITS)
     STREAM = Sandbox(
-        namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="stream", oom_score_adj=-500,
+        namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="stream", tcp={"bind"}, oom_score_adj=-500,
         view=(*DEVICES, Bind("{run_root}/ipc/cri.sock"), Bind("{run_root}/ipc/log.sock", optional=True)),
         rlimits={**WORKER_LIMITS, "NOFILE": 16384})
     OPS = Sandbox(
@@ -66,7 +66,7 @@ class Bind:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who the worker is after the drop. uid 0 keeps `Sandbox.capabilities`, any other keeps none."""
+    """Who the worker is after the drop."""
 
     uid: int
     gid: int
@@ -78,7 +78,8 @@ class Sandbox:
     """Everything that holds a worker in; the defaults are the strictest.
 
     `namespaces`: new ones out of "net", "mnt", "ipc", "uts", "cgroup". `view`: the paths of a root of its
-    own (needs "mnt"); empty without "mnt": the host's mounts. `landlock`: rules for the same paths.
+    own, only with "mnt"; without it the host's mounts are seen. `landlock`: rules for the same paths, and
+    `tcp`, out of "bind" and "connect", what they leave open of it.
     `capabilities`: kept, as bounding set too, without the CAP_ prefix. `seccomp`: name of a list in
     supervisor/sandbox/seccomp.py, "" = none. `rlimits`: soft and hard limit by name, without RLIMIT_.
     `oom_score_adj`: None leaves it as it is. `parent_death_signal`: SIGKILL when the supervisor dies.
@@ -89,10 +90,15 @@ class Sandbox:
     capabilities: frozenset[str] = frozenset()
     seccomp: str = ""
     landlock: bool = True
+    tcp: Collection[str] = frozenset()
     no_new_privs: bool = True
     rlimits: Mapping[str, int] = field(default_factory=dict)
     oom_score_adj: int | None = None
     parent_death_signal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.view and "mnt" not in self.namespaces:
+            raise ValueError("a mount view needs a mount namespace of its own")
 
 
 #: What Python and its libraries may open at any time.
