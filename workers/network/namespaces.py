@@ -1,0 +1,118 @@
+"""Runs in: children of network.
+
+A pod's namespaces: made by `unshare` in a child that is thrown away, prepared from inside, and pinned by
+bind mounts of `/proc/self/ns/X` in the node's mount namespace. It owns the pins `net`, `ipc` and `uts` of
+`<run_root>/ns/<pod_id>/`; a `pid` pin beside them is the supervisor's and is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Collection, Mapping
+
+from ipc import kernel
+from ipc.errors import invalid
+from workers.network import sysctl
+
+FLAGS = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
+_IFREQ = "16sH14x"
+_HOSTNAME_LIMIT = 64  # __NEW_UTS_LEN
+
+
+def check(namespaces: Collection[str], hostname: str) -> None:
+    """Raise INVALID_ARGUMENT for a namespace that is not ours, or a host name that cannot be set."""
+    unknown = [name for name in namespaces if name not in FLAGS]
+    if unknown:
+        raise invalid(f"namespace {unknown[0]!r} is none of {', '.join(FLAGS)}")
+    if hostname and "uts" not in namespaces:
+        raise invalid("a host name needs the pod to have its own uts namespace")
+    if len(hostname.encode()) > _HOSTNAME_LIMIT or not hostname.isprintable():
+        raise invalid(f"host name {hostname!r} cannot be set")
+
+
+def paths(directory: str, namespaces: Collection[str]) -> dict[str, str]:
+    """Return where each namespace is pinned, in the order of FLAGS."""
+    return {name: os.path.join(directory, name) for name in FLAGS if name in namespaces}
+
+
+def make(pins: Mapping[str, str], *, hostname: str, sysctls: Mapping[str, str]) -> None:
+    """Put this process into new namespaces, prepare and pin them. For a process that ends afterwards.
+
+    Raises RemoteError or OSError; pins may then stand and are the caller's to remove.
+    """
+    flags = 0
+    for name in pins:
+        flags |= FLAGS[name]
+    kernel.unshare(flags)
+    if "net" in pins:
+        _loopback_up()
+    if hostname:
+        socket.sethostname(hostname)
+    sysctl.apply(sysctls)
+    for name, path in pins.items():
+        _pin(name, path)
+
+
+def _loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack(_IFREQ, b"lo", 0)
+        _name, flags = struct.unpack(_IFREQ, fcntl.ioctl(sock, _SIOCGIFFLAGS, request))
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack(_IFREQ, b"lo", flags | _IFF_UP))
+
+
+def _pin(name: str, path: str) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400))
+    kernel.bind_mount(f"/proc/self/ns/{name}", path)
+    kernel.mount("", path, "", kernel.MS_PRIVATE)
+
+
+def unpin(directory: str) -> None:
+    """Remove the pins of a pod, whatever there is of them. Raises OSError.
+
+    Copies of a pin in other mount namespaces go with the file (unlink detaches them), so the namespace ends.
+    """
+    for name in FLAGS:
+        path = os.path.join(directory, name)
+        _unmount(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    try:
+        os.rmdir(directory)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENOTEMPTY}:
+            raise
+
+
+def _unmount(path: str) -> None:
+    while True:
+        try:
+            kernel.umount(path, kernel.MNT_DETACH)
+        except OSError as error:
+            if error.errno in {errno.EINVAL, errno.ENOENT}:  # not a mount point, nothing there
+                return
+            raise
+
+
+def pinned(path: str) -> bool:
+    """Whether a namespace is pinned at `path`: after a reboot, files may stand there without one."""
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_dev == os.stat("/proc/self/ns/net").st_dev
+    return False
+
+
+def pods(directory: str) -> list[str]:
+    """Names of the directories in which pins of ours stand."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(pod for pod in os.listdir(directory) if _has_pins(os.path.join(directory, pod)))
+    return []
+
+
+def _has_pins(directory: str) -> bool:
+    return any(os.path.lexists(os.path.join(directory, name)) for name in FLAGS)

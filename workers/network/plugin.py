@@ -1,0 +1,161 @@
+"""Runs in: children of network.
+
+One run of one CNI plugin: the program found in the plugin directories, its environment, configuration on
+standard input, everything it says bounded, an end by a deadline. The plugin leads a process group that is
+killed whole, dies with the process that started it, and holds the operation's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ipc import kernel
+from workers.network.results import PluginError, PluginTimeout
+
+STDOUT_LIMIT = 4 * 1024 * 1024
+STDERR_LIMIT = 16 * 1024  # the tail is kept
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Variables of ours that mean something else to a plugin.
+_NOT_INHERITED = ("CNI_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "PYTHON")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a plugin left: exit code (-N for signal N) and its words."""
+
+    code: int
+    stdout: bytes
+    stderr: bytes
+
+
+def find(kind: str, directories: Sequence[str]) -> str:
+    """Return the path of the plugin's program. Raises PluginError naming where it was looked for."""
+    for directory in directories:
+        path = os.path.join(directory, kind)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    raise PluginError(f"there is no such program in {', '.join(directories)}")
+
+
+def run(
+    path: str, environment: Mapping[str, str], config: bytes, *, deadline: float, lock_fd: int = -1
+) -> Output:
+    """Run a plugin to its end. `deadline` is on the monotonic clock.
+
+    Raises PluginTimeout when it was killed for that, PluginError when it cannot be started or says too much.
+    """
+    process = _start(path, environment, config, lock_fd)
+    try:
+        return _Listener(process).listen(deadline)
+    finally:
+        _end(process)
+
+
+def _start(path: str, environment: Mapping[str, str], config: bytes, lock_fd: int) -> subprocess.Popen[bytes]:
+    starter = os.getpid()
+    stdin_fd = _memory_file(config)
+    try:
+        return subprocess.Popen(
+            [path],
+            stdin=stdin_fd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**_inherited(), **environment},
+            cwd="/",
+            process_group=0,
+            pass_fds=() if lock_fd < 0 else (lock_fd,),
+            bufsize=0,
+            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL, starter),  # noqa: PLW1509 - one thread
+        )
+    except OSError as error:
+        raise PluginError(f"{path} cannot be started: {error.strerror}") from None
+    finally:
+        os.close(stdin_fd)
+
+
+def _memory_file(data: bytes) -> int:
+    # No pipe: a plugin that never reads its configuration then blocks nobody.
+    fd = os.memfd_create("cni-config", os.MFD_CLOEXEC)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _inherited() -> dict[str, str]:
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(_NOT_INHERITED)}
+    return {"PATH": _PATH, **ours}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
+
+
+class _Listener:
+    """Collects what a plugin says until it ends; does not wait for others that hold its pipes."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._stdout, self._stderr = process.stdout.fileno(), process.stderr.fileno()
+        self._said = {self._stdout: bytearray(), self._stderr: bytearray()}
+        for fd in self._said:
+            os.set_blocking(fd, False)
+
+    def listen(self, deadline: float) -> Output:
+        """Return the output. Raises PluginTimeout, PluginError."""
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            with selectors.DefaultSelector() as selector:
+                for fd in (pidfd, *self._said):
+                    selector.register(fd, selectors.EVENT_READ)
+                self._until_exit(selector, pidfd, deadline)
+        finally:
+            os.close(pidfd)
+        code = self._process.wait()
+        for fd in self._said:
+            self._read(fd)
+        return Output(code, bytes(self._said[self._stdout]), bytes(self._said[self._stderr]))
+
+    def _until_exit(self, selector: selectors.BaseSelector, pidfd: int, deadline: float) -> None:
+        while True:
+            left = deadline - time.monotonic()
+            ready = [key.fd for key, _events in selector.select(max(0.0, left))]
+            for fd in set(ready) - {pidfd}:
+                if self._read(fd):
+                    selector.unregister(fd)
+            if pidfd in ready:
+                return
+            if left <= 0:
+                raise PluginTimeout("it did not end in time and was killed" + self._last_words())
+
+    def _read(self, fd: int) -> bool:
+        """Take what there is; return whether that was the end."""
+        said = self._said[fd]
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(fd, 65536):
+                said += piece
+                if fd == self._stderr:
+                    del said[:-STDERR_LIMIT]
+                elif len(said) > STDOUT_LIMIT:
+                    raise PluginError(f"it printed more than {STDOUT_LIMIT} bytes")
+            return True
+        return False
+
+    def _last_words(self) -> str:
+        text = " ".join(self._said[self._stderr][-512:].decode("utf-8", "replace").split())
+        return f"; its last words: {text}" if text else ""
