@@ -1,0 +1,195 @@
+"""Runs in: bulkheadctl.
+
+The node's own: version, status, workers, restart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import msgspec
+import psutil
+
+from ipc.cri import api_pb2 as cri
+from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
+from supervisor.cli.ctl.arguments import Commands, command
+from supervisor.cli.ctl.connection import Connection
+from supervisor.cli.ctl.output import as_data, duration, print_json, print_table, size
+
+
+def register(commands: Commands) -> None:
+    """Add this module's commands."""
+    command(commands, "version", version, "Show versions of the runtime and its API")
+    status = command(commands, "status", show_status, "Show conditions, handlers and features", "info")
+    status.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    workers = command(commands, "workers", show_workers, "Show every process of the map")
+    workers.add_argument("--json", action="store_true")
+    workers.add_argument("--sandbox", action="store_true", help="what holds in each worker")
+    restart = command(commands, "restart", restart_worker, "End one kind's workers in order, start them anew")
+    restart.add_argument("kind")
+
+
+def version(connection: Connection, _options: argparse.Namespace) -> int:
+    answer = connection.call(connection.runtime.Version, cri.VersionRequest())
+    print(f"Version:            {answer.version}")
+    print(f"RuntimeName:        {answer.runtime_name}")
+    print(f"RuntimeVersion:     {answer.runtime_version}")
+    print(f"RuntimeApiVersion:  {answer.runtime_api_version}")
+    return 0
+
+
+def show_status(connection: Connection, options: argparse.Namespace) -> int:
+    answer = connection.call(connection.runtime.Status, cri.StatusRequest(verbose=True))
+    if options.output == "json":
+        data = as_data(answer)
+        data["info"] = {key: _parsed(value) for key, value in data.get("info", {}).items()}
+        print_json(data)
+        return 0
+    print_table(
+        ("CONDITION", "STATUS", "REASON", "MESSAGE"),
+        ((c.type, str(c.status), c.reason or "-", c.message or "-") for c in answer.status.conditions),
+    )
+    print()
+    print_table(
+        ("HANDLER", "RECURSIVE READ-ONLY", "USER NAMESPACES"),
+        (
+            (
+                h.name or "(default)",
+                str(h.features.recursive_read_only_mounts),
+                str(h.features.user_namespaces),
+            )
+            for h in answer.runtime_handlers
+        ),
+    )
+    return 0
+
+
+def _parsed(text: str) -> object:
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    return text
+
+
+def restart_worker(connection: Connection, options: argparse.Namespace) -> int:
+    connection.ask(WorkerRestart(kind=options.kind))
+    print(f"{options.kind}: restarted")
+    return 0
+
+
+# -- workers ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Usage:
+    """What /proc says of one process; -1 where it says nothing (it ended, or is not ours to read)."""
+
+    rss: int = -1
+    pss: int = -1
+    cpu_seconds: float = -1.0
+    descriptors: int = -1
+    threads: int = -1
+    capabilities: list[str] = field(default_factory=list)
+
+
+def usage(pid: int) -> Usage:
+    """Read the use of one process."""
+    found = Usage()
+    with contextlib.suppress(psutil.Error, FileNotFoundError):
+        process = psutil.Process(pid)
+        with process.oneshot():
+            full = process.memory_full_info()
+            found.rss, found.pss = full.rss, full.pss
+            times = process.cpu_times()
+            found.cpu_seconds = times.user + times.system
+            found.threads = process.num_threads()
+            found.descriptors = process.num_fds()
+    return found
+
+
+def show_workers(connection: Connection, options: argparse.Namespace) -> int:
+    workers = connection.ask(WorkerList()).workers
+    uses = {worker.pid: usage(worker.pid) for worker in workers if worker.pid}
+    if options.json:
+        print(json.dumps([_as_json(worker, uses) for worker in workers], indent=2))
+    elif options.sandbox:
+        _sandbox_table(workers)
+    else:
+        _table(workers, uses)
+    return 0
+
+
+def _as_json(worker: WorkerState, uses: Mapping[int, Usage]) -> dict[str, object]:
+    data: dict[str, object] = msgspec.to_builtins(worker)
+    if worker.pid in uses:
+        data["usage"] = asdict(uses[worker.pid])
+    return data
+
+
+def _table(workers: list[WorkerState], uses: Mapping[int, Usage]) -> None:
+    headers = ("NAME", "PID", "STATE", "UPTIME", "RESTARTS", "UID", "CAPS", "PSS", "RSS", "CPU", "FDS",
+               "REQUESTS", "LAST DEATH")  # fmt: skip
+    print_table(headers, (_row(worker, uses.get(worker.pid, Usage())) for worker in workers))
+
+
+def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:
+    up = duration(time.time() - worker.started_at_ns / 1e9) if worker.started_at_ns else "-"
+    caps = "-" if worker.sandbox is None else str(len(worker.sandbox.capabilities))
+    return (
+        worker.name,
+        str(worker.pid or "-"),
+        worker.state,
+        up if worker.pid else "-",
+        str(worker.restarts),
+        str(worker.uid),
+        caps,
+        *(("-", "-") if use.rss < 0 else (size(use.pss), size(use.rss))),
+        "-" if use.cpu_seconds < 0 else f"{use.cpu_seconds:.2f}s",
+        "-" if use.descriptors < 0 else str(use.descriptors),
+        _requests(worker),
+        worker.last_death or "-",
+    )
+
+
+def _requests(worker: WorkerState) -> str:
+    if not worker.requests:
+        return worker.doing or "-"
+    oldest = max(worker.requests, key=lambda request: request.age_ms)
+    what = f"{oldest.type} {oldest.age_ms / 1000:.1f}s"
+    return f"{len(worker.requests)} ({what}{': ' + oldest.doing if oldest.doing else ''})"
+
+
+def _sandbox_table(workers: list[WorkerState]) -> None:
+    headers = (
+        "NAME",
+        "UID",
+        "GID",
+        "NAMESPACES",
+        "CAPABILITIES",
+        "NO NEW PRIVS",
+        "LANDLOCK",
+        "SECCOMP",
+        "DEGRADED",
+    )
+    print_table(
+        headers,
+        (
+            (
+                worker.name,
+                str(report.uid),
+                str(report.gid),
+                ",".join(report.namespaces) or "host",
+                ",".join(cap.removeprefix("CAP_").lower() for cap in report.capabilities) or "none",
+                "yes" if report.no_new_privs else "no",
+                f"ABI {report.landlock}" if report.landlock else "off",
+                report.seccomp,
+                "; ".join(report.degraded) or "-",
+            )
+            for worker in workers
+            if (report := worker.sandbox) is not None
+        ),
+    )
