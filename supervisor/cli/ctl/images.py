@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Callable, Iterable
 
 import grpc
 import msgspec
@@ -101,8 +100,8 @@ def _progress(connection: Connection, name: str, stop: threading.Event) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    watch: Callable[[bytes], Iterable[bytes]] = connection.channel.unary_stream(
-        WATCH_PULLS, request_serializer=None, response_deserializer=None
+    watch = connection.channel.unary_stream(
+        WATCH_PULLS, request_serializer=bytes, response_deserializer=bytes
     )
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
