@@ -184,6 +184,20 @@ class ContainerUser(Body):
     strict: bool = False  # CRI SupplementalGroupsPolicy Strict: ignore the image's /etc/group
 
 
+class DeviceInfo(Body):
+    """One device node of the host. `requested` is the path as the request named it (or its own path, with
+    `all_devices`); `suffix` is what follows when that was a directory ("/by-id/x"), else ""."""
+
+    requested: str
+    type: str  # "c" or "b"
+    major: int
+    minor: int
+    suffix: str = ""
+    mode: int = 0o660  # permission bits
+    uid: int = 0
+    gid: int = 0
+
+
 class ContainerRootfs(Body):
     rootfs: str  # mount point, <run_root>/containers/<id>/rootfs
     uid: int
@@ -192,11 +206,18 @@ class ContainerRootfs(Body):
     home: str = "/"
     user_name: str = ""
     mounts: list[MountSourceInfo] = []  # in the order of the request
+    devices: list[DeviceInfo] = []
+    seccomp_profile: bytes = b""  # content of the file that the request named
 
 
 @request("storage.container.create", reply=ContainerRootfs, idempotent=True)
 class ContainerCreate(Request[ContainerRootfs]):
-    """Make the writable layer, mount the overlay, resolve user and mount sources. All or nothing."""
+    """Make the writable layer, mount the overlay, resolve user, mount sources and devices. All or nothing.
+
+    `devices` are host paths (links followed, directories descended, INVALID_ARGUMENT for what is neither a
+    device nor a directory); `all_devices` adds every node under /dev but terminals, shm and mqueue, for
+    privileged containers. `seccomp_profile` is an absolute host path of a JSON file, at most 1 MiB.
+    """
 
     container_id: str
     pod_id: str
@@ -204,6 +225,9 @@ class ContainerCreate(Request[ContainerRootfs]):
     user: ContainerUser
     mounts: list[MountSource] = []
     read_only: bool = False
+    devices: list[str] = []
+    all_devices: bool = False
+    seccomp_profile: str = ""
 
 
 @request("storage.container.remove", idempotent=True)

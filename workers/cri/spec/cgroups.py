@@ -1,0 +1,144 @@
+"""Runs in: cri. Names of cgroups and the `resources` of the OCI runtime-spec.
+
+Owns both spellings of a pod's cgroup: a path for cgroupfs ("/kubepods/burstable/podX"), a slice for systemd
+("kubepods-burstable-podX.slice"), whichever the client used. Zero and empty limits mean "not set"; refused
+is what the node's cgroup version cannot hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ipc.cri import api_pb2
+from ipc.errors import invalid, precondition
+from ipc.messages.supervisor import HostInfo
+
+from . import validate
+from .notes import Notes
+
+PREFIX = "bulkhead"
+_SLICE = ".slice"
+_DEFAULT_PARENT = {"systemd": "system.slice", "cgroupfs": f"/{PREFIX}"}
+_INT64_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class CgroupPath:
+    """`oci` goes into linux.cgroupsPath; `relative` is where the group is, below each hierarchy's root."""
+
+    oci: str
+    relative: str
+
+
+def cgroup_path(driver: str, parent: str, default_parent: str, container_id: str) -> CgroupPath:
+    """The container's cgroup below its pod's."""
+    parent = parent or default_parent or _DEFAULT_PARENT[driver]
+    validate.texts("cgroup_parent", [parent])
+    if driver == "systemd":
+        slice_name = to_slice(parent)
+        unit = f"{PREFIX}-{container_id}.scope"
+        return CgroupPath(f"{slice_name}:{PREFIX}:{container_id}", f"{expand_slice(slice_name)}/{unit}")
+    path = f"{to_path(parent)}/{PREFIX}-{container_id}"
+    return CgroupPath(path, path)
+
+
+def to_slice(parent: str) -> str:
+    """The name of the slice: the last part of a path of slices, or a cgroupfs path in systemd's spelling."""
+    parts = _parts(parent)
+    if not parts:
+        return "-.slice"
+    if parts[-1].endswith(_SLICE):
+        return parts[-1]
+    # a dash separates levels in the name of a slice, so one in a level's own name becomes an underscore
+    return "-".join(part.replace("-", "_") for part in parts) + _SLICE
+
+
+def expand_slice(name: str) -> str:
+    """Where systemd puts a slice: a-b.slice is /a.slice/a-b.slice (systemd.slice(5))."""
+    stem = name.removesuffix(_SLICE)
+    if stem == "-":
+        return ""
+    levels = stem.split("-")
+    if not name.endswith(_SLICE) or "" in levels:
+        raise invalid(f"cgroup_parent: {name!r} is not the name of a slice")
+    return "".join(f"/{'-'.join(levels[: depth + 1])}{_SLICE}" for depth in range(len(levels)))
+
+
+def to_path(parent: str) -> str:
+    """The path, without a trailing slash; a lone slice stands where systemd would have put it."""
+    parts = _parts(parent)
+    if len(parts) == 1 and parts[0].endswith(_SLICE):
+        return expand_slice(parts[0])
+    return "".join(f"/{part}" for part in parts)
+
+
+def _parts(parent: str) -> list[str]:
+    parts = [part for part in parent.split("/") if part not in {"", "."}]
+    if ".." in parts or any(":" in part or not part.isprintable() for part in parts):
+        raise invalid(f"cgroup_parent: {parent!r} is not the name of a cgroup")
+    return parts
+
+
+def resources(request: api_pb2.LinuxContainerResources, host: HostInfo, notes: Notes) -> dict[str, Any]:
+    """cpu, memory, hugepageLimits and unified; what is not set is not there."""
+    parts = {
+        "cpu": _cpu(request),
+        "memory": _memory(request, host, notes),
+        "hugepageLimits": _hugepages(request, host),
+        "unified": _unified(request, host),
+    }
+    return {key: value for key, value in parts.items() if value}
+
+
+def _cpu(request: api_pb2.LinuxContainerResources) -> dict[str, Any]:
+    if request.cpu_quota < -1:
+        raise invalid(f"cpu_quota: {request.cpu_quota} is neither a time nor -1 for no limit")
+    values = {
+        "shares": validate.not_negative("cpu_shares", request.cpu_shares),
+        "quota": request.cpu_quota,
+        "period": validate.not_negative("cpu_period", request.cpu_period),
+        "cpus": validate.cpuset("cpuset_cpus", request.cpuset_cpus),
+        "mems": validate.cpuset("cpuset_mems", request.cpuset_mems),
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _memory(request: api_pb2.LinuxContainerResources, host: HostInfo, notes: Notes) -> dict[str, Any]:
+    limit, both = request.memory_limit_in_bytes, request.memory_swap_limit_in_bytes
+    for what, number in (("memory_limit_in_bytes", limit), ("memory_swap_limit_in_bytes", both)):
+        if number < -1:
+            raise invalid(f"{what}: {number} is neither a size nor -1 for no limit")
+    if both and not limit:
+        raise invalid(
+            "memory_swap_limit_in_bytes is memory and swap together: it needs memory_limit_in_bytes"
+        )
+    if 0 < both < limit:
+        raise invalid("memory_swap_limit_in_bytes is memory and swap together: it is below the memory limit")
+    if both and not host.swap:
+        if both > limit:
+            notes.add("the swap limit has no effect: this node has no swap to limit")
+        both = 0
+    values = {"limit": limit, "swap": both}
+    return {key: value for key, value in values.items() if value}
+
+
+def _hugepages(request: api_pb2.LinuxContainerResources, host: HostInfo) -> list[dict[str, Any]]:
+    """Kubelets send a limit of zero for each size with every container; that alone asks for nothing."""
+    if not any(limit.limit for limit in request.hugepage_limits):
+        return []
+    if "hugetlb" not in host.cgroup_controllers:
+        raise precondition("hugepage_limits: this node has no hugetlb cgroup controller")
+    return [
+        {"pageSize": validate.page_size(each.page_size), "limit": min(each.limit, _INT64_MAX)}
+        for each in request.hugepage_limits
+    ]
+
+
+def _unified(request: api_pb2.LinuxContainerResources, host: HostInfo) -> dict[str, str]:
+    if request.unified and host.cgroup_version != 2:
+        raise precondition("unified: this node has cgroup v1, which has no such files")
+    for key in request.unified:
+        if "/" in key or not key.isprintable() or "." not in key:
+            raise invalid(f"unified: {key!r} is not the name of a cgroup file")
+    return dict(request.unified)

@@ -1,0 +1,61 @@
+"""Runs in: cri. What CreateContainer asks of storage before a spec can be built.
+
+Owns the mapping from the CRI request to `storage.container.create`, so that storage's answer and `build`
+speak of the same mounts and devices in the same order. Refuses what `validate.container` refuses.
+"""
+
+from __future__ import annotations
+
+from ipc.cri import api_pb2
+from ipc.errors import invalid
+from ipc.messages import storage
+
+from . import image, mounts, seccomp, validate
+
+
+def container_create(
+    *,
+    container_id: str,
+    pod_id: str,
+    image_id: str,
+    config: api_pb2.ContainerConfig,
+    sandbox: api_pb2.PodSandboxConfig,
+    image_config: bytes,
+) -> storage.ContainerCreate:
+    """Check the request and make the message. RemoteError says what is wrong with it."""
+    validate.container(config, sandbox)
+    security = config.linux.security_context
+    return storage.ContainerCreate(
+        container_id=container_id,
+        pod_id=pod_id,
+        image_id=image_id,
+        user=container_user(security, image.execution(image_config)),
+        mounts=[_mount_source(mount) for mount in config.mounts],
+        read_only=security.readonly_rootfs,
+        devices=[validate.clean_path("devices.host_path", d.host_path) for d in config.devices],
+        all_devices=security.privileged,
+        seccomp_profile=seccomp.localhost_path(security),
+    )
+
+
+def container_user(
+    security: api_pb2.LinuxContainerSecurityContext, execution: image.Execution
+) -> storage.ContainerUser:
+    """Who the container runs as, unresolved."""
+    return storage.ContainerUser(
+        uid=security.run_as_user.value if security.HasField("run_as_user") else None,
+        gid=security.run_as_group.value if security.HasField("run_as_group") else None,
+        name=security.run_as_username,
+        image_user=execution.user,
+        supplemental=list(security.supplemental_groups),
+        strict=security.supplemental_groups_policy == api_pb2.Strict,
+    )
+
+
+def _mount_source(mount: api_pb2.Mount) -> storage.MountSource:
+    if not mount.host_path:
+        raise invalid(f"mounts: {mount.container_path!r} has no host_path")
+    return storage.MountSource(
+        path=validate.clean_path("mounts.host_path", mount.host_path),
+        propagation=mounts.STORAGE_PROPAGATION[mounts.propagation(mount)],
+    )

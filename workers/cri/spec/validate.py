@@ -1,0 +1,201 @@
+"""Runs in: cri. Checks of what a client sent, with a sentence for whoever wrote the pod.
+
+Owns the table of what is refused because it is not honoured. Every check raises RemoteError and changes
+nothing; callers run `pod` or `container` once, before anything is made.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ipc.cri import api_pb2
+from ipc.errors import Code, RemoteError, invalid
+
+MAX_LABEL_BYTES = 4096
+MAX_NAME_BYTES = 1024
+MAX_ID = 2**32 - 2  # the last uid and gid: 2**32-1 means "no change" to the kernel
+
+#: A cpuset list, "0-3,8"; the kernel says the rest
+_CPUSET = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z")
+_PAGE_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)\Z")
+_CDI_ANNOTATION = "cdi.k8s.io/"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A part of a request that Bulkhead does not honour: how to see it, and what to say."""
+
+    field: str
+    is_set: Callable[[api_pb2.ContainerConfig], bool]
+    text: str
+    reason: str = ""
+    code: Code = Code.UNIMPLEMENTED
+
+
+def _userns(options: api_pb2.NamespaceOption) -> bool:
+    wants = api_pb2.NamespaceMode.Name(options.userns_options.mode) if _has_userns(options) else "NODE"
+    return wants != "NODE"
+
+
+def _has_userns(options: api_pb2.NamespaceOption) -> bool:
+    return options.HasField("userns_options")
+
+
+#: What is refused of a container; the field names are the proto's.
+REFUSED: tuple[Refusal, ...] = (
+    Refusal("CDI_devices", lambda c: bool(c.CDI_devices), "CDI devices are not supported"),
+    Refusal(
+        "annotations",
+        lambda c: any(key.startswith(_CDI_ANNOTATION) for key in c.annotations),
+        "CDI devices are not supported, neither by annotation",
+    ),
+    Refusal(
+        "mounts.image",
+        lambda c: any(m.HasField("image") or m.image_sub_path for m in c.mounts),
+        "image volumes are not supported",
+        reason="ImageVolumeMountFailed",
+    ),
+    Refusal(
+        "mounts.uidMappings",
+        lambda c: any(m.uidMappings or m.gidMappings for m in c.mounts),
+        "id-mapped mounts are not supported",
+    ),
+    Refusal(
+        "linux.security_context.namespace_options.userns_options",
+        lambda c: _userns(c.linux.security_context.namespace_options),
+        "user namespaces are not supported",
+    ),
+    Refusal(
+        "windows",
+        lambda c: c.HasField("windows"),
+        "this is a Linux node: the windows part must not be set",
+        code=Code.INVALID_ARGUMENT,
+    ),
+)
+
+
+def container(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig) -> None:
+    """Everything that can be said of a container's request without looking at the node."""
+    name("container", config.metadata.name)
+    labels(config.labels)
+    for refusal in REFUSED:
+        if refusal.is_set(config):
+            raise RemoteError(refusal.code, f"{refusal.field}: {refusal.text}", reason=refusal.reason)
+    _identity(config.linux.security_context)
+    _privilege(config.linux.security_context, sandbox.linux.security_context)
+    _modes(config.linux.security_context.namespace_options)
+    texts("command and args", [*config.command, *config.args])
+
+
+def pod(config: api_pb2.PodSandboxConfig) -> None:
+    """Everything that can be said of a sandbox's request without looking at the node."""
+    name("pod sandbox", config.metadata.name)
+    name("pod sandbox's namespace", config.metadata.namespace)
+    name("pod sandbox's uid", config.metadata.uid)
+    labels(config.labels)
+    if config.HasField("windows"):
+        raise invalid("windows: this is a Linux node: the windows part must not be set")
+    if config.log_directory:
+        clean_path("log_directory", config.log_directory)
+    options = config.linux.security_context.namespace_options
+    if _userns(options):
+        raise RemoteError(Code.UNIMPLEMENTED, "userns_options: user namespaces are not supported")
+    _modes(options)
+    if options.pid == api_pb2.TARGET:
+        raise invalid("namespace_options.pid TARGET is for containers, a pod sandbox has none to join")
+
+
+def name(what: str, text: str) -> None:
+    """A name that stands in paths, log lines and other names: one component, printable, not too long."""
+    if not text:
+        raise invalid(f"the {what} has no name")
+    if text in {".", ".."} or "/" in text or not text.isprintable() or " " in text:
+        raise invalid(f"{text!r} cannot be the name of a {what}: no slashes, blanks or control characters")
+    if len(text.encode()) > MAX_NAME_BYTES:
+        raise invalid(f"the name of the {what} is longer than {MAX_NAME_BYTES} bytes")
+
+
+def labels(pairs: Mapping[str, str]) -> None:
+    """Key and value together may have 4096 bytes."""
+    for key, value in pairs.items():
+        if len(key.encode()) + len(value.encode()) > MAX_LABEL_BYTES:
+            raise invalid(f"label {key[:64]!r}: key and value are longer than {MAX_LABEL_BYTES} bytes")
+
+
+def texts(what: str, values: Iterable[str]) -> None:
+    """No NUL bytes: execve(2) and mount(2) would cut the text there."""
+    for value in values:
+        if "\0" in value:
+            raise invalid(f"{what}: {value!r} contains a NUL byte")
+
+
+def clean_path(what: str, path: str) -> str:
+    """The absolute path without `.`, `//` and a trailing slash. `..` is refused: nobody means it well."""
+    texts(what, [path])
+    if not path.startswith("/"):
+        raise invalid(f"{what}: {path!r} is not an absolute path")
+    if ".." in path.split("/"):
+        raise invalid(f"{what}: {path!r} contains '..'")
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
+def account_id(what: str, number: int) -> int:
+    """A uid or gid the kernel can take."""
+    if not 0 <= number <= MAX_ID:
+        raise invalid(f"{what}: {number} is not between 0 and {MAX_ID}")
+    return number
+
+
+def not_negative(what: str, number: int) -> int:
+    if number < 0:
+        raise invalid(f"{what}: {number} is negative")
+    return number
+
+
+def cpuset(what: str, text: str) -> str:
+    """A list in the format of cpuset(7)."""
+    if text and not _CPUSET.match(text):
+        raise invalid(f'{what}: {text!r} is not a list like "0-3,8"')
+    return text
+
+
+def page_size(text: str) -> str:
+    """The OCI spelling of a huge page's size."""
+    if not _PAGE_SIZE.match(text):
+        raise invalid(f'hugepage_limits: {text!r} is not a page size like "2MB"')
+    return text
+
+
+def _identity(security: api_pb2.LinuxContainerSecurityContext) -> None:
+    named = security.HasField("run_as_user") or bool(security.run_as_username)
+    if security.HasField("run_as_group") and not named:
+        raise invalid("run_as_group needs run_as_user or run_as_username")
+    if security.HasField("run_as_user") and security.run_as_username:
+        raise invalid("run_as_user and run_as_username exclude each other")
+    if security.HasField("run_as_user"):
+        account_id("run_as_user", security.run_as_user.value)
+    if security.HasField("run_as_group"):
+        account_id("run_as_group", security.run_as_group.value)
+    for group in security.supplemental_groups:
+        account_id("supplemental_groups", group)
+
+
+def _privilege(
+    container: api_pb2.LinuxContainerSecurityContext, sandbox: api_pb2.LinuxSandboxSecurityContext
+) -> None:
+    if container.privileged and not sandbox.privileged:
+        raise invalid("a privileged container needs a pod sandbox that was made with privileged set")
+
+
+def _modes(options: api_pb2.NamespaceOption) -> None:
+    if options.network not in {api_pb2.POD, api_pb2.NODE}:
+        raise invalid("namespace_options.network must be POD or NODE")
+    if options.ipc not in {api_pb2.POD, api_pb2.CONTAINER, api_pb2.NODE}:
+        raise invalid("namespace_options.ipc must be POD, CONTAINER or NODE")
+    if options.pid == api_pb2.TARGET and not options.target_id:
+        raise invalid("namespace_options.pid TARGET needs a target_id")
+    if options.target_id and options.pid != api_pb2.TARGET:
+        raise invalid("namespace_options.target_id is only for pid TARGET")
