@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from ipc import calls, wire
-from ipc.channel import Channel, Peer, PeerStalled, peer_of
+from ipc.channel import Channel, Peer, PeerStalled, address, peer_of
 from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet, close_all
 from ipc.log import Log
@@ -347,7 +347,8 @@ async def _connected(path: str, deadline: float | None) -> socket.socket:
     try:
         while True:
             try:
-                sock.connect(path)
+                with address(path) as short:
+                    sock.connect(short)
                 return sock
             except BlockingIOError:  # the backlog is full: nobody accepts just now
                 if deadline is not None and time.monotonic() > deadline:

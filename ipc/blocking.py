@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from ipc import calls, wire
-from ipc.channel import Channel
+from ipc.channel import Channel, address
 from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet
 from ipc.messages import Body, Request
@@ -99,7 +99,8 @@ class Client:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
             sock.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
             try:
-                sock.connect(self._path)
+                with address(self._path) as short:
+                    sock.connect(short)
             except OSError as error:
                 sock.close()
                 raise RemoteError(Code.UNAVAILABLE, f"cannot reach {self._path}: {error}") from error

@@ -7,11 +7,12 @@ It never blocks. It refuses a peer that does not read (PeerStalled) and truncate
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ipc import wire
@@ -21,6 +22,7 @@ from ipc.table import ROOT
 
 QUEUE_PACKETS = 1024
 QUEUE_BYTES = 8 * 1024 * 1024
+ADDRESS_LIMIT = 107
 _ANCILLARY = socket.CMSG_SPACE(wire.FD_LIMIT * 4)
 _CREDENTIALS = struct.Struct("iII")
 
@@ -124,6 +126,23 @@ class Channel:
         self.sock.close()
 
 
+@contextlib.contextmanager
+def address(path: str) -> Iterator[str]:
+    """Yield a name for `path` that fits into a socket address, whose limit is 107 bytes (unix(7)).
+
+    A longer path is reached through a descriptor of its directory. Raises OSError.
+    """
+    if len(os.fsencode(path)) <= ADDRESS_LIMIT:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     fds = array.array("i")
     for level, kind, data in ancillary:
@@ -140,7 +159,8 @@ def listen(
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
-        sock.bind(path)
+        with address(path) as short:
+            sock.bind(short)
         os.chown(path, uid, gid)
         os.chmod(path, mode)
         sock.listen(backlog)

@@ -15,6 +15,8 @@ import time
 import traceback
 from typing import Any
 
+from ipc.channel import address
+
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 LINE_LIMIT = 16 * 1024
 _PLAIN = re.compile(r"[^\s\"=\x00-\x1f\x7f]+\Z")
@@ -43,7 +45,8 @@ class Log:
         """Connect to the sink now, while its path can still be reached. Raises OSError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(self._sink)
+            with address(self._sink) as short:
+                sock.connect(short)
         except OSError:
             sock.close()
             raise

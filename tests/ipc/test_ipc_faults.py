@@ -402,3 +402,15 @@ def test_the_asyncio_server_answers_cancels_and_reports_its_bugs(tmp_path: Path)
         listener.close()
 
     asyncio.run(scenario())
+
+
+def test_a_path_that_is_too_long_for_a_socket_address_works_all_the_same(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    one = Forked(deep / "s.sock", pipe_handlers)
+    one.start()
+    request = storage.LayerAbort(chain_id="x")
+    with blocking.Client(one.path, timeout=5) as client:
+        assert client.call(request) == Empty()
+    assert asyncio.run(aio.Client(one.path).call(request, timeout=5)) == Empty()
+    one.close()
