@@ -1,0 +1,37 @@
+"""`make bench`: every figure of docs/figures.md from one run, with the peers in the same run. Prints a table.
+
+A benchmark, never a timed test: these machines are noisy, so medians and ratios count, and nothing fails.
+Names given as arguments choose a part: pods exec log memory pull.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tests.bench import exec_, log, memory, pods, pull
+from tests.bench.figures import Figure, show
+
+PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "pods": pods.measure,
+    "exec": exec_.measure,
+    "log": log.measure,
+    "memory": memory.measure,
+    "pull": pull.measure,
+}
+
+
+def main(names: list[str]) -> None:
+    """Measure the parts and print them as they come."""
+    unknown = set(names) - set(PARTS)
+    if unknown:
+        sys.exit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    figures: list[Figure] = []
+    for name in names or list(PARTS):
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        figures += PARTS[name]()
+    show(figures)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
