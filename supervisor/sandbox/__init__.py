@@ -75,6 +75,7 @@ def _set_oom_score(adjustment: int | None) -> list[str]:
 
 def _preload(sandbox: Sandbox) -> None:
     if sandbox.view:
+        preload.late_imports()
         preload.threads()
     if sandbox.tcp:
         preload.resolver()

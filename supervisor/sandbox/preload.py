@@ -1,7 +1,8 @@
 """Runs in: every worker, just before its sandbox shuts.
 
-What libraries would load from files long after the files are out of sight: name service modules of the C
-library, its helper for ending threads, Python's codec for host names.
+What libraries would load from files long after the files are out of sight: modules that Python's own
+libraries import inside functions, the C library's helper for ending threads, its name service modules. What a
+worker's own libraries import late, its prepare() has to import.
 """
 
 from __future__ import annotations
@@ -10,8 +11,24 @@ import contextlib
 import ctypes
 import importlib
 import re
+import sys
 
-_RESOLVER_MODULES = ("encodings.idna", "stringprep", "unicodedata")
+#: Loaded already -> what it will import at its first use.
+_LATE = {
+    "sys": ("traceback", "linecache"),
+    "socket": ("array",),
+    "datetime": ("_strptime",),
+    "asyncio": ("concurrent.futures.thread",),
+    "grpc": ("grpc._utilities",),
+}
+#: What a look-up of a host name imports.
+_RESOLVER = ("encodings.idna", "stringprep", "unicodedata")
+
+
+def late_imports() -> None:
+    """Import what the modules that are loaded would import in the middle of their work."""
+    for module in [late for loaded, names in _LATE.items() if loaded in sys.modules for late in names]:
+        importlib.import_module(module)
 
 
 def threads() -> None:
@@ -21,7 +38,7 @@ def threads() -> None:
 
 def resolver() -> None:
     """Everything that socket.getaddrinfo needs besides its configuration files."""
-    for module in _RESOLVER_MODULES:
+    for module in _RESOLVER:
         importlib.import_module(module)
     for service in host_services(_switch_configuration()):
         _load(f"libnss_{service}.so.2")
