@@ -41,7 +41,7 @@ def refuse(number: int) -> int:
 
 
 @dataclass(frozen=True)
-class Test:
+class Check:
     """Holds if `argument & mask == value` (32 bits)."""
 
     argument: int
@@ -50,12 +50,12 @@ class Test:
 
 
 #: Alternatives, each of tests that must all hold.
-Conditions = tuple[tuple[Test, ...], ...]
+Conditions = tuple[tuple[Check, ...], ...]
 
 
 def one_of(argument: int, values: Iterable[int]) -> Conditions:
     """The argument is one of these values."""
-    return tuple((Test(argument, value),) for value in values)
+    return tuple((Check(argument, value),) for value in values)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _conditional(number: int, conditions: Conditions, pid: int) -> _Code:
     return [(_JEQ_K, 0, len(block), number), *block]
 
 
-def _alternative(tests: tuple[Test, ...], pid: int) -> _Code:
+def _alternative(tests: tuple[Check, ...], pid: int) -> _Code:
     """Tests that must all hold, then ALLOW; a failing one jumps behind it."""
     code: _Code = [(_RET_K, 0, 0, ALLOW)]
     for test in reversed(tests):

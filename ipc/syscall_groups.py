@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import termios
 
-from ipc.seccomp import SELF, Conditions, Test, one_of
+from ipc.seccomp import SELF, Conditions, Check, one_of
 
 
 def _words(text: str) -> frozenset[str]:
@@ -76,7 +76,7 @@ _PROT_EXEC = 0x4
 
 #: Threads, never processes, never namespaces.
 THREADS: dict[str, Conditions] = {
-    "clone": ((Test(0, _CLONE_THREAD, _CLONE_THREAD | _CLONE_NEW),),),
+    "clone": ((Check(0, _CLONE_THREAD, _CLONE_THREAD | _CLONE_NEW),),),
 }
 
 _IOCTLS = (
@@ -100,8 +100,8 @@ _PRCTLS = (
 
 #: Calls that a closed list lets pass with these arguments only.
 CONDITIONAL: dict[str, Conditions] = {
-    "mmap": ((Test(2, 0, _PROT_EXEC),),),  # no new code: everything is loaded by now
-    "mprotect": ((Test(2, 0, _PROT_EXEC),),),
+    "mmap": ((Check(2, 0, _PROT_EXEC),),),  # no new code: everything is loaded by now
+    "mprotect": ((Check(2, 0, _PROT_EXEC),),),
     "kill": one_of(0, (SELF,)),
     "tgkill": one_of(0, (SELF,)),
     "prlimit64": one_of(0, (0, SELF)),
@@ -117,7 +117,7 @@ LOCAL_SOCKETS: dict[str, Conditions] = {"socket": one_of(0, (socket.AF_UNIX,))}
 INTERNET_SOCKETS: dict[str, Conditions] = {
     "socket": (
         *one_of(0, (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)),
-        (Test(0, socket.AF_NETLINK), Test(2, 0)),
+        (Check(0, socket.AF_NETLINK), Check(2, 0)),
     )
 }
 

@@ -15,7 +15,7 @@ import sys
 
 #: Loaded already -> what it will import at its first use.
 _LATE = {
-    "sys": ("traceback", "linecache"),
+    "sys": ("traceback", "linecache", "encodings.ascii", "encodings.latin_1"),
     "socket": ("array",),
     "datetime": ("_strptime",),
     "asyncio": ("concurrent.futures.thread",),
