@@ -1,0 +1,380 @@
+"""Runs in: cri. The life of a container: create, start, stop, remove.
+
+A container is a root file system (storage), a monitor (forked by the supervisor) and what the monitor makes
+of the OCI spec. Each step can be repeated and taken back by the container's id; what could not be made is
+removed, for as long as that takes, while its name is free at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import count
+
+from ipc import log
+from ipc.cri import api_pb2 as pb
+from ipc.errors import Code, RemoteError, precondition
+from ipc.messages import monitor, storage, supervisor
+from ipc.messages.monitor import ExitRecord
+from ipc.messages.storage import ContainerRootfs, ImageRecord
+from workers.cri.images import Images
+from workers.cri.names import new_id
+from workers.cri.node import Node
+from workers.cri.operations import uncancelled
+from workers.cri.peers import SHORT, together, within
+from workers.cri.spec import Built, SpecInputs, build, validate
+from workers.cri.spec import pod as podspec
+from workers.cri.spec import request as spec_request
+from workers.cri.state import HIDDEN, Container, ContainerRecord, Phase, Pod, container_name
+from workers.cri.watch import POLL, Watcher
+
+REAP_BACKOFF = (1.0, 60.0)
+START_FAILED = 128  # exit code of a container whose process could not be executed
+MAX_GRACE = 10 * 365 * 24 * 3600  # seconds; a larger StopContainer timeout means: do not kill
+
+
+class Containers:
+    """Containers of all pods."""
+
+    def __init__(self, node: Node, images: Images, watcher: Watcher) -> None:
+        self._node = node
+        self._store = node.store
+        self._images = images
+        self._watcher = watcher
+        self._stops = count()
+        #: Started containers whose client went away before it was told: its retry is answered with success.
+        self._untold_starts: set[str] = set()
+
+    # -- create ---------------------------------------------------------------------------------------
+
+    async def create(self, pod: Pod, config: pb.ContainerConfig) -> str:
+        """Make a container and return its id; the same metadata again joins the first call or its result."""
+        validate.container(config, pod.config)
+        key = ("container.create", *container_name(pod.id, config))
+        return await self._node.operations.run(key, lambda: self._create(pod, config))
+
+    async def _create(self, pod: Pod, config: pb.ContainerConfig) -> str:
+        twin = self._store.container_named(container_name(pod.id, config))
+        if twin is not None and twin.phase in {Phase.CREATED, Phase.RUNNING}:
+            return twin.id
+        if twin is not None:  # it has ended: it makes room
+            await self._remove_joined(twin)
+        record = ContainerRecord(id=new_id(), pod_id=pod.id, created_at_ns=time.time_ns())
+        return await self._build(pod, self._store.add_container(record, config))
+
+    async def resume(self, pod: Pod, container: Container) -> str:
+        """Finish a container that the last worker began; every step may be repeated."""
+        key = ("container.create", *container.name)
+        return await self._node.operations.run(key, lambda: self._build(pod, container))
+
+    async def _build(self, pod: Pod, container: Container) -> str:
+        timeout = self._node.settings.container_create_timeout
+        try:
+            await within(timeout, "creating the container", self._set_up(pod, container, timeout))
+        except (RemoteError, asyncio.CancelledError):
+            await uncancelled(self._discard(container))
+            raise
+        container.record.phase = Phase.CREATED
+        self._store.save_container(container, done="container.create")
+        self._watcher.watch(container)
+        name = container.config.metadata.name
+        log.get().info("container created", container=container.id, name=name, pod=pod.id)
+        return container.id
+
+    async def _set_up(self, pod: Pod, container: Container, timeout: float) -> None:
+        image = await self._images.need(container.config.image)
+        container.record.image_id = image.id
+        container.record.image_name = shown_image(container.config.image, image)
+        request = spec_request.container_create(
+            container_id=container.id,
+            pod_id=pod.id,
+            image_id=image.id,
+            config=container.config,
+            sandbox=pod.config,
+            image_config=image.config,
+        )
+        rootfs: list[ContainerRootfs] = []
+
+        async def make_rootfs() -> None:
+            rootfs.append(await self._node.peers.storage.call(request, timeout=timeout))
+
+        await together(make_rootfs(), self._start_monitor(pod, container))
+        built = await self._spec(pod, container, image, rootfs[0])
+        self._store.save_spec(container.id, built.spec)
+        await self._create_by_monitor(pod, container, built, timeout)
+
+    async def _start_monitor(self, pod: Pod, container: Container) -> None:
+        parent = pod.config.linux.cgroup_parent or self._node.settings.default_cgroup_parent
+        request = supervisor.MonitorStart(container_id=container.id, pod_id=pod.id, cgroup_parent=parent)
+        await self._node.peers.supervisor.call(request, timeout=SHORT)
+
+    async def _spec(
+        self, pod: Pod, container: Container, image: ImageRecord, rootfs: ContainerRootfs
+    ) -> Built:
+        assert pod.record.files is not None, "a ready pod has its files"
+        inputs = SpecInputs(
+            container_id=container.id,
+            pod_id=pod.id,
+            config=container.config,
+            sandbox=pod.config,
+            image_config=image.config,
+            image_id=image.id,
+            rootfs=rootfs,
+            pod_files=pod.record.files,
+            hostname=pod.record.hostname,
+            namespaces=pod.record.namespaces,
+            target_pid_namespace=self._target_namespace(pod, container),
+            host=await self._node.host(),
+            runtime=await self._node.runtime_info(pod.record.handler),
+            settings=self._node.settings,
+        )
+        built = build(inputs)
+        for sentence in built.degraded:
+            log.get().warning("degraded", container=container.id, what=sentence)
+        record = container.record
+        record.uid, record.gid, record.groups = rootfs.uid, rootfs.gid, list(rootfs.additional_gids)
+        record.stop_signal = built.stop_signal
+        record.log_path = podspec.container_log_path(container.config, pod.config)
+        return built
+
+    def _target_namespace(self, pod: Pod, container: Container) -> str:
+        """The PID namespace of the container that namespace_options names (ephemeral debug containers)."""
+        options = container.config.linux.security_context.namespace_options
+        if options.pid != pb.NamespaceMode.TARGET:
+            return ""
+        target = self._store.need_container(options.target_id)
+        if target.record.pod_id != pod.id or target.phase is not Phase.RUNNING:
+            raise precondition(f"the target container {target.id} does not run in this pod")
+        return f"/proc/{target.record.pid}/ns/pid"
+
+    async def _create_by_monitor(self, pod: Pod, container: Container, built: Built, timeout: float) -> None:
+        runtime, config = self._node.runtime(pod.record.handler), container.config
+        request = monitor.Create(
+            spec=built.spec,
+            runtime_name=runtime.name,
+            runtime_path=runtime.path,
+            runtime_root=runtime.root,
+            runtime_args=runtime.args,
+            log_path=container.record.log_path,
+            terminal=config.tty,
+            stdin=config.stdin,
+            stdin_once=config.stdin_once,
+            systemd_cgroup=built.systemd_cgroup,
+            cgroup_path=built.cgroup_path,
+            cgroup_version=(await self._node.host()).cgroup_version,
+            timeout_ms=int(timeout * 1000),
+        )
+        answer = await self._node.peers.monitor(container.id).call(request, timeout=timeout)
+        container.record.pid = answer.pid
+
+    async def _discard(self, container: Container) -> None:
+        """What could not be made is taken back; its name is free from now on, whatever that takes."""
+        container.record.phase = Phase.GONE
+        self._store.save_container(container, done="container.create")
+        try:
+            await self._clean(container)
+        except RemoteError as error:
+            text = error.text
+            log.get().error("undoing a container failed", container=container.id, code=error.code, text=text)
+            self._node.operations.background(f"reap container {container.id}", self.reap(container))
+
+    async def reap(self, container: Container) -> None:
+        """Remove what is left of a container that nobody sees any more; tries until it is done."""
+        delay, longest = REAP_BACKOFF
+        while True:
+            try:
+                return await self._clean(container)
+            except RemoteError as error:
+                text = error.text
+                log.get().warning(
+                    "removing a container goes on", container=container.id, text=text, again_in=delay
+                )
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, longest)
+
+    # -- start ----------------------------------------------------------------------------------------
+
+    async def start(self, text: str) -> None:
+        """Start a created container. Raises RemoteError NOT_FOUND, FAILED_PRECONDITION.
+
+        The repetition of a start whose client went away before the answer joins it, or gets its success.
+        """
+        container = self.need(text)
+        key = ("container.start", container.id)
+        if self._node.operations.find(key) is None and self._told_late(container):
+            return
+        try:
+            await self._node.operations.run(key, lambda: self._start(container))
+        except asyncio.CancelledError:
+            self._untold_starts.add(container.id)
+            raise
+        self._untold_starts.discard(container.id)
+
+    def _told_late(self, container: Container) -> bool:
+        if container.phase is Phase.CREATED:
+            return False
+        if container.id in self._untold_starts and container.record.started_at_ns:
+            self._untold_starts.discard(container.id)
+            return True
+        raise precondition(f"container {container.id} is not in created state: {container.phase}")
+
+    async def resume_start(self, container: Container) -> None:
+        """Finish a start that the last worker began; its client was never told."""
+        self._untold_starts.add(container.id)
+        key = ("container.start", container.id)
+        await self._node.operations.run(key, lambda: self._start(container))
+
+    async def _start(self, container: Container) -> None:
+        pod = self._store.pods.get(container.record.pod_id)
+        if pod is None or pod.phase is not Phase.READY:
+            raise precondition(f"the pod of container {container.id} is not ready")
+        self._store.begin(container.id, "container.start")
+        timeout = self._node.settings.container_create_timeout
+        request = monitor.Start(timeout_ms=int(timeout * 1000))
+        try:
+            answer = await self._node.peers.monitor(container.id).call(request, timeout=timeout)
+        except RemoteError as error:
+            await self._start_failed(container, error)
+            raise
+        container.record.started_at_ns = answer.started_at_ns
+        if container.phase is Phase.CREATED:  # else its end was known first
+            container.record.phase = Phase.RUNNING
+        self._store.save_container(container, done="container.start")
+        log.get().info("container started", container=container.id, pod=container.record.pod_id)
+
+    async def _start_failed(self, container: Container, error: RemoteError) -> None:
+        """The runtime could not start it: it has ended. A monitor that is only lost decides by itself."""
+        if error.code not in {Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}:
+            exit_ = ExitRecord(
+                container_id=container.id,
+                exit_code=START_FAILED,
+                finished_at_ns=time.time_ns(),
+                reason="StartError",
+                message=error.text,
+            )
+            self._watcher.record(container, exit_)
+            self._node.operations.background(f"end monitor {container.id}", self._end_monitor(container))
+        self._store.end(container.id, "container.start")
+
+    # -- stop -----------------------------------------------------------------------------------------
+
+    async def stop(self, text: str, grace: float) -> None:
+        """Send the stop signal, SIGKILL after `grace` seconds; returns when it has ended.
+
+        Unknown or ended is success. A later call with a shorter grace shortens the wait of an earlier one.
+        """
+        container = self._store.find_container(text)
+        if container is not None and container.phase not in HIDDEN:
+            await self._stop_detached(container, min(max(grace, 0.0), MAX_GRACE))
+
+    async def kill(self, container_id: str) -> None:
+        """Kill a container now (its pod is stopped); returns when it has ended."""
+        await self.stop(container_id, 0)
+
+    async def _stop_detached(self, container: Container, grace: float) -> None:
+        # not joined: each call brings a grace of its own to the monitor
+        key = ("container.stop", container.id, next(self._stops))
+        await self._node.operations.run(key, lambda: self._stop(container, grace))
+
+    async def _stop(self, container: Container, grace: float) -> None:
+        detail = {"grace": str(grace)}
+        self._store.begin(container.id, "container.stop", detail)
+        signal = container.record.stop_signal if grace else "SIGKILL"
+        request = monitor.Stop(signal=signal, grace_ms=int(grace * 1000))
+        end = time.monotonic() + grace + self._node.settings.stop_timeout
+        while container.phase in {Phase.CREATED, Phase.RUNNING}:
+            left = end - time.monotonic()
+            try:
+                answer = await self._node.peers.monitor(container.id).call(request, timeout=max(left, 0.001))
+                self._watcher.record(container, answer.exit)
+            except RemoteError as error:
+                if error.code is not Code.UNAVAILABLE or left <= 0:
+                    raise
+                await self._watcher.ended(container, POLL)  # a successor may come, or its record
+        self._store.end(container.id, "container.stop")
+
+    async def resume_stop(self, container: Container, grace: float) -> None:
+        """Finish a stop that the last worker began; the monitor remembers when the grace began."""
+        await self._stop_detached(container, grace)
+
+    # -- remove ---------------------------------------------------------------------------------------
+
+    async def remove(self, text: str) -> None:
+        """Remove a container, killing it if need be. Unknown is success."""
+        container = self._store.find_container(text)
+        if container is not None and container.phase is Phase.CREATING:
+            key = ("container.create", *container.name)
+            await self._node.operations.end(lambda running: running == key)
+        if container is not None and container.id in self._store.containers:
+            await self._remove_joined(container)
+
+    async def _remove_joined(self, container: Container) -> None:
+        key = ("container.remove", container.id)
+        await self._node.operations.run(key, lambda: self._remove(container))
+
+    async def _remove(self, container: Container) -> None:
+        if container.id not in self._store.containers:
+            return
+        self._store.begin(container.id, "container.remove")
+        await self._stop(container, 0)
+        await self._clean(container)
+        log.get().info("container removed", container=container.id, pod=container.record.pod_id)
+
+    async def _clean(self, container: Container) -> None:
+        """Take everything back that a container may have, in whatever state it is."""
+        await self._remove_monitor(container)
+        request = storage.ContainerRemove(container_id=container.id)
+        timeout = self._node.settings.container_create_timeout
+        await self._node.peers.storage.call(request, timeout=timeout)
+        self._untold_starts.discard(container.id)
+        self._store.drop_container(container)
+
+    async def _remove_monitor(self, container: Container) -> None:
+        """Remove the monitor's directory; a monitor that still lives is ended first."""
+        request = supervisor.MonitorRemove(container_id=container.id)
+        end = time.monotonic() + self._node.settings.stop_timeout
+        while True:
+            try:
+                await self._node.peers.supervisor.call(request, timeout=SHORT)
+                return await self._node.peers.forget_monitor(container.id)
+            except RemoteError as error:
+                if error.code is not Code.FAILED_PRECONDITION or time.monotonic() > end:
+                    raise
+            await self._end_monitor(container)
+            await asyncio.sleep(0.01)
+
+    async def _end_monitor(self, container: Container) -> None:
+        timeout = self._node.settings.stop_timeout
+        try:
+            await self._node.peers.monitor(container.id).call(monitor.Delete(), timeout=timeout)
+        except RemoteError as error:
+            if error.code is not Code.UNAVAILABLE:  # else it is gone, as was wanted
+                raise
+
+    # -- small ones -----------------------------------------------------------------------------------
+
+    def need(self, text: str) -> Container:
+        """A container that clients may see. Raises RemoteError(NOT_FOUND)."""
+        container = self._store.need_container(text)
+        if container.phase in HIDDEN:
+            raise RemoteError(Code.NOT_FOUND, f"container {container.id} is being made or removed")
+        return container
+
+    def need_running(self, text: str) -> Container:
+        """A running container. Raises RemoteError NOT_FOUND, FAILED_PRECONDITION."""
+        container = self.need(text)
+        if container.phase is not Phase.RUNNING:
+            raise precondition(f"container {container.id} is not running: {container.phase}")
+        return container
+
+    async def reopen_log(self, text: str, timeout: float) -> None:
+        """Let the monitor reopen the log file after a rotation."""
+        container = self.need_running(text)
+        await self._node.peers.monitor(container.id).call(monitor.LogReopen(), timeout=timeout)
+
+
+def shown_image(asked: pb.ImageSpec, image: ImageRecord) -> str:
+    """What people call the image of a container: as they wrote it, or its first name, or its id."""
+    text = asked.user_specified_image or asked.image
+    is_id = image.id.startswith(f"sha256:{text.removeprefix('sha256:')}")
+    return (image.names or image.digests or [text])[0] if is_id else text

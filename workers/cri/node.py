@@ -1,0 +1,60 @@
+"""Runs in: cri. What every service of this worker shares: settings, state, peers, running operations,
+and the facts of the host, asked once of the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from ipc.errors import invalid
+from ipc.messages.supervisor import HostInfo, HostInfoGet, RuntimeInfo
+from ipc.settings import CriSettings, Runtime
+from workers.cri.operations import Operations
+from workers.cri.peers import SHORT, Peers
+from workers.cri.state import Store
+
+
+@dataclass
+class Node:
+    """The shared parts. `node_name` is the host's name: that of pods in the host's network."""
+
+    settings: CriSettings
+    store: Store
+    peers: Peers
+    node_name: str
+    operations: Operations = field(default_factory=Operations)
+    _host: HostInfo | None = None
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def host(self, timeout: float = SHORT) -> HostInfo:
+        """The host's facts. Raises RemoteError if the supervisor does not answer."""
+        async with self._asking:
+            if self._host is None:
+                self._host = await self.peers.supervisor.call(HostInfoGet(), timeout=timeout)
+            return self._host
+
+    def reload(self, settings: CriSettings) -> None:
+        """The configuration changed; the facts of the host may name other runtimes."""
+        self.settings = settings
+        self._host = None
+
+    def runtime(self, handler: str) -> Runtime:
+        """The configured runtime of a CRI runtime handler, "" being the default one.
+
+        Raises RemoteError(INVALID_ARGUMENT).
+        """
+        name = handler or self.settings.default_runtime
+        for runtime in self.settings.runtimes:
+            if runtime.name == name:
+                return runtime
+        known = ", ".join(sorted(runtime.name for runtime in self.settings.runtimes)) or "none"
+        raise invalid(f"no runtime handler is named {name[:80]!r}; configured are: {known}")
+
+    async def runtime_info(self, handler: str) -> RuntimeInfo:
+        """What the supervisor found out about a handler's runtime."""
+        runtime = self.runtime(handler)
+        for info in (await self.host()).runtimes:
+            if info.name == runtime.name:
+                return info
+        return RuntimeInfo(name=runtime.name, path=runtime.path)

@@ -1,0 +1,197 @@
+"""Runs in: cri. The gRPC front: what every RPC goes through, whatever it is.
+
+Owns the listening socket, the bound on RPCs in flight, the mapping of errors to statuses, one log line and
+one count per RPC. A RemoteError becomes its status; any other exception is a bug of ours: it is logged with
+its stack and answered INTERNAL, and the front goes on serving, since a kubelet's other pods need it. RPCs of
+the CRI that have no handler answer UNIMPLEMENTED. Nothing is ever answered UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ipc import log
+from ipc.cri import api_pb2 as pb
+from ipc.errors import GRPC_STATUS, Code, RemoteError
+from ipc.messages.supervisor import InFlight
+from workers.cri.metrics import RpcStats
+
+STATUS_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
+MAX_MESSAGE = 3500  # characters of a status text: trailers share one 8 KiB header list
+#: RPCs that kubelets send every second; their success is logged only at debug level.
+QUIET = ("List", "Status", "Version", "RuntimeConfig", "ImageFsInfo", "ImageStatus")
+
+
+@dataclass
+class Rpc:
+    """One RPC in the hands of its handler."""
+
+    name: str
+    number: int
+    context: grpc.aio.ServicerContext[Any, Any]
+    since: float = field(default_factory=time.monotonic)
+
+    def timeout(self, most: float) -> float:
+        """Seconds that what answers this RPC may take: the client's deadline, and at most `most`."""
+        left = self.context.time_remaining()
+        return most if left is None else max(0.0, min(left, most))
+
+
+Handler = Callable[[Rpc, Any], Awaitable[Any]]
+Streamer = Callable[[bytes], AsyncIterator[bytes]]
+
+
+class Front:
+    """The gRPC server. `open()` lets requests through; until then they wait."""
+
+    def __init__(self, stats: RpcStats, *, max_requests: int, max_message_bytes: int) -> None:
+        self._stats = stats
+        self._max_requests = max_requests
+        self._numbers = count(1)
+        self._running: dict[int, Rpc] = {}
+        self._open = asyncio.Event()
+        self._streams: set[asyncio.Task[Any] | None] = set()
+        options = [
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.so_reuseport", 0),
+        ]
+        self._server = grpc.aio.server(options=options)
+
+    # -- set-up ---------------------------------------------------------------------------------------
+
+    def add_service(self, name: str, handlers: Mapping[str, Handler]) -> None:
+        """Serve one service of the CRI. Raises ValueError if a handler is of no RPC."""
+        methods = pb.DESCRIPTOR.services_by_name[name].methods_by_name
+        unknown = handlers.keys() - methods.keys()
+        if unknown:
+            raise ValueError(f"{name} has no RPC {sorted(unknown)}")
+        rows: dict[str, Any] = {rpc: self._row(methods[rpc], handlers.get(rpc)) for rpc in methods}
+        service = pb.DESCRIPTOR.services_by_name[name].full_name
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
+
+    def add_stream(self, service: str, method: str, streamer: Streamer) -> None:
+        """Serve one server stream of plain bytes, beside the CRI."""
+
+        async def serve(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+            self._streams.add(task := asyncio.current_task())
+            try:
+                await self._open.wait()
+                async for item in streamer(request):
+                    yield item
+            finally:
+                self._streams.discard(task)
+
+        rows = {method: grpc.unary_stream_rpc_method_handler(serve)}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
+
+    def _row(self, method: Any, handler: Handler | None) -> grpc.RpcMethodHandler[Any, Any]:
+        request = getattr(pb, method.input_type.name)
+        answer = getattr(pb, method.output_type.name)
+        kind = grpc.unary_unary_rpc_method_handler
+        serve: Any = self._unary(method.name, handler or unimplemented)
+        if method.server_streaming:
+            kind = grpc.unary_stream_rpc_method_handler
+            serve = self._refused_stream(method.name)
+        return kind(
+            serve, request_deserializer=request.FromString, response_serializer=answer.SerializeToString
+        )
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    async def start(self, path: str) -> None:
+        """Bind at a path and accept. Raises RuntimeError if it cannot be bound."""
+        self._server.add_insecure_port(f"unix:{path}")
+        await self._server.start()
+
+    def open(self) -> None:
+        """The state is loaded: serve."""
+        self._open.set()
+
+    async def stop(self, grace: float) -> None:
+        """Accept no more, give running RPCs `grace` seconds. Endless streams get none."""
+        for task in self._streams:
+            if task is not None:
+                task.cancel()
+        await self._server.stop(grace)
+
+    def in_flight(self) -> list[InFlight]:
+        """What is being served."""
+        now = time.monotonic()
+        return [
+            InFlight(type=rpc.name, age_ms=int((now - rpc.since) * 1000), peer="kubelet")
+            for rpc in self._running.values()
+        ]
+
+    # -- one RPC --------------------------------------------------------------------------------------
+
+    def _unary(self, name: str, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            rpc = Rpc(name, next(self._numbers), context)
+            answer, error = await self._serve(rpc, handler, request)
+            if error is not None:
+                await context.abort(status_of(error), error.message[:MAX_MESSAGE])
+            return answer
+
+        return serve
+
+    async def _serve(self, rpc: Rpc, handler: Handler, request: Any) -> tuple[Any, RemoteError | None]:
+        answer, error = None, None
+        code: str = Code.CANCELLED  # unless it comes to an end of its own
+        self._running[rpc.number] = rpc
+        try:
+            self._admit()
+            await self._open.wait()
+            answer = await handler(rpc, request)
+            code = "ok"
+        except RemoteError as known:
+            code, error = known.code, known
+        except Exception as bug:  # noqa: BLE001 - logged with its stack; other pods must still be served
+            log.get().bug("rpc crashed", bug, rpc=rpc.name, request=rpc.number)
+            code, error = Code.INTERNAL, RemoteError(Code.INTERNAL, f"{rpc.name}: a bug in cri, see its log")
+        finally:
+            del self._running[rpc.number]
+            self._note(rpc, code, "" if error is None else error.message)
+        return answer, error
+
+    def _admit(self) -> None:
+        if len(self._running) > self._max_requests:
+            raise RemoteError(
+                Code.RESOURCE_EXHAUSTED, f"{self._max_requests} requests are being served already; try again"
+            )
+
+    def _note(self, rpc: Rpc, code: str, text: str) -> None:
+        seconds = time.monotonic() - rpc.since
+        self._stats.observe(rpc.name, seconds, failed=code != "ok")
+        fields: dict[str, Any] = {"rpc": rpc.name, "request": rpc.number, "code": code}
+        fields["ms"] = round(seconds * 1000, 1)
+        if text:
+            fields["error"] = text
+        quiet = code == "ok" and rpc.name.startswith(QUIET)
+        quiet |= code == "ok" and rpc.name.endswith("Status")
+        (log.get().debug if quiet else log.get().info)("rpc", **fields)
+
+    def _refused_stream(self, name: str) -> Callable[[Any, Any], Awaitable[None]]:
+        async def serve(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            self._note(Rpc(name, next(self._numbers), context), Code.UNIMPLEMENTED, "")
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented")
+
+        return serve
+
+
+async def unimplemented(rpc: Rpc, _request: Any) -> Any:
+    """The handler of RPCs that have none."""
+    raise RemoteError(Code.UNIMPLEMENTED, f"{rpc.name} is not implemented")
+
+
+def status_of(error: RemoteError) -> grpc.StatusCode:
+    """The gRPC status of an error."""
+    return STATUS_BY_NUMBER[GRPC_STATUS[error.code]]

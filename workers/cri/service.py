@@ -1,0 +1,231 @@
+"""Runs in: cri. One method per RPC of the CRI: a request comes in, an answer goes out.
+
+Owns nothing; each method hands over to the part whose business it is (pods, containers, images, pull,
+status) and puts the result into CRI's words. Errors are RemoteErrors (server.py answers them).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from ipc import aio
+from ipc.cri import api_pb2 as pb
+from ipc.errors import Code, RemoteError, invalid
+from ipc.messages import monitor
+from ipc.messages.cri import CriInfo, InfoGet
+from ipc.messages.image import Auth
+from ipc.messages.storage import FsInfo
+from workers.cri import images as image_views
+from workers.cri import status, views
+from workers.cri.containers import Containers
+from workers.cri.images import Images
+from workers.cri.metrics import RpcStats
+from workers.cri.node import Node
+from workers.cri.peers import SHORT
+from workers.cri.pods import Pods
+from workers.cri.pull import Pulls
+from workers.cri.server import Rpc
+from workers.cri.spec import exec_process
+from workers.cri.state import HIDDEN
+from workers.cri.watch import Watcher
+
+#: Seconds on top of an exec's own timeout for the monitor to kill it and answer.
+EXEC_MARGIN = 15.0
+UNLIMITED = 365 * 24 * 3600.0
+PROGRESS_INTERVAL = 0.2
+
+
+class Service:
+    """The parts of this worker, put together, and the RPCs on them."""
+
+    def __init__(self, node: Node, version: str) -> None:
+        self.node = node
+        self.stats = RpcStats()
+        self.watcher = Watcher(node)
+        self.images = Images(node)
+        self.pulls = Pulls(node, self.images)
+        self.containers = Containers(node, self.images, self.watcher)
+        self.pods = Pods(node, self.containers.kill, self.containers.remove)
+        self._version = version
+
+    # -- the runtime ----------------------------------------------------------------------------------
+
+    async def version(self, _rpc: Rpc, _request: pb.VersionRequest) -> pb.VersionResponse:
+        return status.version(self._version)
+
+    async def status(self, _rpc: Rpc, request: pb.StatusRequest) -> pb.StatusResponse:
+        return await status.status(self.node, verbose=request.verbose)
+
+    async def runtime_config(self, _rpc: Rpc, _request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
+        return status.runtime_config(self.node.settings)
+
+    async def update_runtime_config(
+        self, _rpc: Rpc, _request: pb.UpdateRuntimeConfigRequest
+    ) -> pb.UpdateRuntimeConfigResponse:
+        """The pod CIDR is the CNI configuration's business: there is nothing to do."""
+        return pb.UpdateRuntimeConfigResponse()
+
+    # -- pods -----------------------------------------------------------------------------------------
+
+    async def run_pod_sandbox(self, _rpc: Rpc, request: pb.RunPodSandboxRequest) -> pb.RunPodSandboxResponse:
+        if not request.HasField("config"):
+            raise invalid("the request has no pod sandbox config")
+        pod_id = await self.pods.run(request.config, request.runtime_handler)
+        return pb.RunPodSandboxResponse(pod_sandbox_id=pod_id)
+
+    async def stop_pod_sandbox(
+        self, _rpc: Rpc, request: pb.StopPodSandboxRequest
+    ) -> pb.StopPodSandboxResponse:
+        await self.pods.stop(request.pod_sandbox_id)
+        return pb.StopPodSandboxResponse()
+
+    async def remove_pod_sandbox(
+        self, _rpc: Rpc, request: pb.RemovePodSandboxRequest
+    ) -> pb.RemovePodSandboxResponse:
+        await self.pods.remove(request.pod_sandbox_id)
+        return pb.RemovePodSandboxResponse()
+
+    async def pod_sandbox_status(
+        self, _rpc: Rpc, request: pb.PodSandboxStatusRequest
+    ) -> pb.PodSandboxStatusResponse:
+        pod = self.node.store.need_pod(request.pod_sandbox_id)
+        if pod.phase in HIDDEN:
+            raise RemoteError(Code.NOT_FOUND, f"pod sandbox {pod.id} is being made or removed")
+        return views.pod_status(pod, verbose=request.verbose)
+
+    async def list_pod_sandbox(
+        self, _rpc: Rpc, request: pb.ListPodSandboxRequest
+    ) -> pb.ListPodSandboxResponse:
+        return pb.ListPodSandboxResponse(items=views.list_pods(self.node.store, request.filter))
+
+    # -- containers -----------------------------------------------------------------------------------
+
+    async def create_container(
+        self, _rpc: Rpc, request: pb.CreateContainerRequest
+    ) -> pb.CreateContainerResponse:
+        if not request.HasField("config"):
+            raise invalid("the request has no container config")
+        pod = self.pods.need_ready(request.pod_sandbox_id)
+        container_id = await self.containers.create(pod, request.config)
+        return pb.CreateContainerResponse(container_id=container_id)
+
+    async def start_container(
+        self, _rpc: Rpc, request: pb.StartContainerRequest
+    ) -> pb.StartContainerResponse:
+        await self.containers.start(request.container_id)
+        return pb.StartContainerResponse()
+
+    async def stop_container(self, _rpc: Rpc, request: pb.StopContainerRequest) -> pb.StopContainerResponse:
+        await self.containers.stop(request.container_id, float(request.timeout))
+        return pb.StopContainerResponse()
+
+    async def remove_container(
+        self, _rpc: Rpc, request: pb.RemoveContainerRequest
+    ) -> pb.RemoveContainerResponse:
+        await self.containers.remove(request.container_id)
+        return pb.RemoveContainerResponse()
+
+    async def list_containers(
+        self, _rpc: Rpc, request: pb.ListContainersRequest
+    ) -> pb.ListContainersResponse:
+        found = views.list_containers(self.node.store, request.filter)
+        return pb.ListContainersResponse(containers=found)
+
+    async def container_status(
+        self, _rpc: Rpc, request: pb.ContainerStatusRequest
+    ) -> pb.ContainerStatusResponse:
+        container = self.containers.need(request.container_id)
+        spec = self.node.store.spec(container.id) if request.verbose else None
+        return views.container_status(container, spec)
+
+    async def reopen_container_log(
+        self, rpc: Rpc, request: pb.ReopenContainerLogRequest
+    ) -> pb.ReopenContainerLogResponse:
+        await self.containers.reopen_log(request.container_id, rpc.timeout(SHORT))
+        return pb.ReopenContainerLogResponse()
+
+    async def exec_sync(self, rpc: Rpc, request: pb.ExecSyncRequest) -> pb.ExecSyncResponse:
+        """Run a command to its end. DEADLINE_EXCEEDED when its timeout ends: kubelets' probes know that."""
+        container = self.containers.need_running(request.container_id)
+        process = exec_process(self.node.store.spec(container.id), request.cmd)
+        seconds = max(0, request.timeout)
+        asked = monitor.ExecSync(process=process, timeout_ms=seconds * 1000)
+        timeout = rpc.timeout(seconds + EXEC_MARGIN if seconds else UNLIMITED)
+        done = await self.node.peers.monitor(container.id).call(asked, timeout=timeout)
+        if done.timed_out:
+            raise RemoteError(Code.DEADLINE_EXCEEDED, f"command timed out after {seconds} s")
+        return pb.ExecSyncResponse(stdout=done.stdout, stderr=done.stderr, exit_code=done.exit_code)
+
+    # -- images ---------------------------------------------------------------------------------------
+
+    async def pull_image(self, _rpc: Rpc, request: pb.PullImageRequest) -> pb.PullImageResponse:
+        auth = to_auth(request.auth) if request.HasField("auth") else None
+        return pb.PullImageResponse(image_ref=await self.pulls.pull(request.image, auth))
+
+    async def list_images(self, rpc: Rpc, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
+        wanted = request.filter.image if request.HasField("filter") else None
+        found = await self.images.list(wanted, rpc.timeout(SHORT))
+        return pb.ListImagesResponse(images=map(image_views.to_cri, found))
+
+    async def image_status(self, rpc: Rpc, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
+        """An absent image is an empty answer, not an error."""
+        found = await self.images.find(request.image, rpc.timeout(SHORT))
+        if found is None:
+            return pb.ImageStatusResponse()
+        info = image_views.verbose_info(found) if request.verbose else {}
+        return pb.ImageStatusResponse(image=image_views.to_cri(found), info=info)
+
+    async def remove_image(self, rpc: Rpc, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
+        await self.images.remove(request.image, rpc.timeout(SHORT))
+        return pb.RemoveImageResponse()
+
+    async def image_fs_info(self, rpc: Rpc, _request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
+        """Images and containers share one file system."""
+        usage = fs_usage(await self.images.fs_info(rpc.timeout(SHORT)))
+        return pb.ImageFsInfoResponse(image_filesystems=[usage], container_filesystems=[usage])
+
+    # -- operators ------------------------------------------------------------------------------------
+
+    async def watch_pulls(self, _request: bytes) -> AsyncIterator[bytes]:
+        """JSON lists of cri.PullState: at once, five a second while something is pulled, and at the end."""
+        while True:
+            states = self.pulls.states()
+            yield msgspec.json.encode(states)
+            await self.pulls.changed(PROGRESS_INTERVAL if states else UNLIMITED)
+
+    async def info(self, _call: aio.Call, _body: InfoGet) -> CriInfo:
+        """Numbers for /metrics and /info."""
+        store = self.node.store
+        return CriInfo(
+            pods=dict(Counter(str(pod.phase) for pod in store.match_pods(""))),
+            containers=dict(Counter(str(container.phase) for container in store.match_containers(""))),
+            pulls=self.pulls.states(),
+            rpcs=self.stats.counts(),
+            pulls_succeeded=self.pulls.succeeded,
+            pulls_failed=self.pulls.failed,
+        )
+
+
+def to_auth(auth: pb.AuthConfig) -> Auth:
+    """CRI's credentials as they travel to the image worker."""
+    return Auth(
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        server_address=auth.server_address,
+        identity_token=auth.identity_token,
+        registry_token=auth.registry_token,
+    )
+
+
+def fs_usage(info: FsInfo) -> pb.FilesystemUsage:
+    """CRI's view of a file system's usage."""
+    return pb.FilesystemUsage(
+        timestamp=info.timestamp_ns,
+        fs_id=pb.FilesystemIdentifier(mountpoint=info.mountpoint),
+        used_bytes=pb.UInt64Value(value=info.used_bytes),
+        inodes_used=pb.UInt64Value(value=info.used_inodes),
+    )

@@ -1,0 +1,386 @@
+"""Runs in: cri. What exists: pods, containers and the operations that were begun on them.
+
+Owns `<run_root>/cri/state.db` (SQLite) and its mirror in memory; lists and look-ups never touch the disk.
+Every operation of several steps writes an intent before its first step and drops it with its result, so
+that the next `cri` finishes or undoes it (recovery.py). The file belongs to one boot: rows of another boot id
+are forgotten. It must survive the death of this process, not a power cut, so nothing is fsynced: a write
+costs microseconds and may stand in the event loop.
+"""
+
+from __future__ import annotations
+
+import enum
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ipc import log
+from ipc.cri import api_pb2 as pb
+from ipc.errors import not_found
+from ipc.messages import Body
+from ipc.messages.monitor import ExitRecord
+from ipc.messages.storage import PodFiles
+from workers.cri.names import ContainerName, Ids, PodName
+
+SCHEMA = 1
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pods (id TEXT PRIMARY KEY, record BLOB NOT NULL, config BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS containers
+    (id TEXT PRIMARY KEY, record BLOB NOT NULL, config BLOB NOT NULL, spec BLOB);
+CREATE TABLE IF NOT EXISTS intents
+    (subject TEXT NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL, at_ns INTEGER NOT NULL,
+     PRIMARY KEY (subject, kind)) WITHOUT ROWID;
+"""
+
+
+class Phase(enum.StrEnum):
+    """Where a pod or a container stands. CREATING and GONE are never shown to a client."""
+
+    CREATING = "creating"
+    READY = "ready"  # pods only
+    STOPPED = "stopped"  # pods only
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+    GONE = "gone"  # its name is free; what is left of it is being removed, however often it takes
+
+
+HIDDEN = frozenset({Phase.CREATING, Phase.GONE})
+
+
+class PodRecord(Body):
+    """The durable part of a pod. Fields may be added with a default, as in messages."""
+
+    id: str
+    created_at_ns: int
+    handler: str  # as it was asked for, "" = the default
+    phase: Phase = Phase.CREATING
+    hostname: str = ""
+    ips: list[str] = []
+    namespaces: dict[str, str] = {}  # "net", "ipc", "uts", "pid" -> path of the pinned namespace
+    files: PodFiles | None = None
+    cni_result: bytes = b""
+    init_pid: int = 0
+    released: bool = False  # stopped to the end: no network, no init
+
+
+class ContainerRecord(Body):
+    """The durable part of a container."""
+
+    id: str
+    pod_id: str
+    created_at_ns: int
+    phase: Phase = Phase.CREATING
+    image_id: str = ""
+    image_name: str = ""  # what people call the image, for status
+    uid: int = 0
+    gid: int = 0
+    groups: list[int] = []
+    pid: int = 0
+    log_path: str = ""
+    stop_signal: str = "SIGTERM"
+    started_at_ns: int = 0
+    exit: ExitRecord | None = None
+
+
+class Intent(Body):
+    """An operation that was begun: on what, which ("pod.run", "container.stop", ...), and its details."""
+
+    subject: str
+    kind: str
+    detail: dict[str, str] = {}
+
+
+@dataclass(slots=True)
+class Pod:
+    """A pod in memory."""
+
+    record: PodRecord
+    config: pb.PodSandboxConfig
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def phase(self) -> Phase:
+        return self.record.phase
+
+    @property
+    def name(self) -> PodName:
+        return pod_name(self.config)
+
+
+@dataclass(slots=True)
+class Container:
+    """A container in memory."""
+
+    record: ContainerRecord
+    config: pb.ContainerConfig
+    listed: pb.Container = field(default_factory=pb.Container)  # ready for ListContainers, but for the state
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def phase(self) -> Phase:
+        return self.record.phase
+
+    @property
+    def name(self) -> ContainerName:
+        return container_name(self.record.pod_id, self.config)
+
+
+def pod_name(config: pb.PodSandboxConfig) -> PodName:
+    """The key of a pod sandbox."""
+    meta = config.metadata
+    return PodName(meta.name, meta.namespace, meta.uid, meta.attempt)
+
+
+def container_name(pod_id: str, config: pb.ContainerConfig) -> ContainerName:
+    """The key of a container."""
+    return ContainerName(pod_id, config.metadata.name, config.metadata.attempt)
+
+
+class WrongSchema(RuntimeError):
+    """The file is of a release that this one does not know; going on would tear running pods down."""
+
+
+class Store:
+    """All pods and containers. Changing a record takes effect with `save_pod` or `save_container`."""
+
+    def __init__(self, path: str, boot_id: str) -> None:
+        self.pods: dict[str, Pod] = {}
+        self.containers: dict[str, Container] = {}
+        self._of_pod: dict[str, dict[str, Container]] = {}
+        self._pod_names: dict[PodName, str] = {}
+        self._container_names: dict[ContainerName, str] = {}
+        self._pod_ids = Ids("pod sandbox")
+        self._container_ids = Ids("container")
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._open(boot_id)
+        self._load()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    # -- look-ups -------------------------------------------------------------------------------------
+
+    def find_pod(self, text: str) -> Pod | None:
+        """The pod with that id or unique prefix, None if absent. Raises RemoteError(INVALID_ARGUMENT)."""
+        found = self._pod_ids.find(text)
+        return self.pods[found] if found else None
+
+    def need_pod(self, text: str) -> Pod:
+        """As `find_pod`; raises RemoteError(NOT_FOUND) if absent."""
+        pod = self.find_pod(text)
+        if pod is None:
+            raise not_found(f"no pod sandbox has the id {text[:ID_SHOWN]}")
+        return pod
+
+    def find_container(self, text: str) -> Container | None:
+        """As `find_pod`, of containers."""
+        found = self._container_ids.find(text)
+        return self.containers[found] if found else None
+
+    def need_container(self, text: str) -> Container:
+        """As `find_container`; raises RemoteError(NOT_FOUND) if absent."""
+        container = self.find_container(text)
+        if container is None:
+            raise not_found(f"no container has the id {text[:ID_SHOWN]}")
+        return container
+
+    def match_pods(self, prefix: str) -> list[Pod]:
+        """The shown pods whose id begins so, oldest first; all for ""."""
+        ids = self._pod_ids.match(prefix) if prefix else self.pods
+        return [pod for pod in map(self.pods.__getitem__, ids) if pod.record.phase not in HIDDEN]
+
+    def match_containers(self, prefix: str) -> list[Container]:
+        """The shown containers whose id begins so."""
+        ids = self._container_ids.match(prefix) if prefix else self.containers
+        found = map(self.containers.__getitem__, ids)
+        return [container for container in found if container.record.phase not in HIDDEN]
+
+    def pod_named(self, name: PodName) -> Pod | None:
+        """The pod that owns the name now."""
+        id_ = self._pod_names.get(name)
+        return self.pods[id_] if id_ else None
+
+    def container_named(self, name: ContainerName) -> Container | None:
+        """The container that owns the name now."""
+        id_ = self._container_names.get(name)
+        return self.containers[id_] if id_ else None
+
+    def containers_of(self, pod_id: str) -> list[Container]:
+        """All containers of a pod, hidden ones too."""
+        return list(self._of_pod.get(pod_id, {}).values())
+
+    # -- changes --------------------------------------------------------------------------------------
+
+    def add_pod(self, record: PodRecord, config: pb.PodSandboxConfig) -> Pod:
+        """A pod begins to be: its row and its intent are written together, its name is taken."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO pods VALUES (?, ?, ?)",
+                (record.id, msgspec.msgpack.encode(record), config.SerializeToString()),
+            )
+            self.begin(record.id, "pod.run")
+        return self._show_pod(record, config)
+
+    def add_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
+        """A container begins to be: its row and its intent are written together, its name is taken."""
+        row = (record.id, msgspec.msgpack.encode(record), config.SerializeToString())
+        with self._transaction():
+            self._db.execute("INSERT INTO containers VALUES (?, ?, ?, NULL)", row)
+            self.begin(record.id, "container.create")
+        return self._show_container(record, config)
+
+    def save_pod(self, pod: Pod, *, done: str = "") -> None:
+        """Write a pod's record; `done` is the intent that ends with it. A pod that was removed stays so."""
+        if pod.id not in self.pods:
+            return
+        if pod.phase is Phase.GONE:
+            self._free_pod_name(pod)
+        with self._transaction():
+            record = msgspec.msgpack.encode(pod.record)
+            self._db.execute("UPDATE pods SET record = ? WHERE id = ?", (record, pod.id))
+            self._end(pod.id, done)
+
+    def save_container(self, container: Container, *, done: str = "") -> None:
+        """Write a container's record; `done` is the intent that ends with it."""
+        if container.id not in self.containers:
+            return
+        if container.phase is Phase.GONE:
+            self._free_container_name(container)
+        with self._transaction():
+            record = msgspec.msgpack.encode(container.record)
+            self._db.execute("UPDATE containers SET record = ? WHERE id = ?", (record, container.id))
+            self._end(container.id, done)
+
+    def drop_pod(self, pod: Pod) -> None:
+        """Nothing is left of the pod: forget it and its intents. Absent is success."""
+        with self._transaction():
+            self._db.execute("DELETE FROM pods WHERE id = ?", (pod.id,))
+            self._db.execute("DELETE FROM intents WHERE subject = ?", (pod.id,))
+        self._free_pod_name(pod)
+        self._pod_ids.discard(pod.id)
+        self.pods.pop(pod.id, None)
+        self._of_pod.pop(pod.id, None)
+
+    def drop_container(self, container: Container) -> None:
+        """Nothing is left of the container: forget it and its intents. Absent is success."""
+        with self._transaction():
+            self._db.execute("DELETE FROM containers WHERE id = ?", (container.id,))
+            self._db.execute("DELETE FROM intents WHERE subject = ?", (container.id,))
+        self._free_container_name(container)
+        self._container_ids.discard(container.id)
+        self.containers.pop(container.id, None)
+        self._of_pod.get(container.record.pod_id, {}).pop(container.id, None)
+
+    def begin(self, subject: str, kind: str, detail: dict[str, str] | None = None) -> None:
+        """Write an intent; begun again, the newer detail counts."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO intents VALUES (?, ?, ?, ?)",
+            (subject, kind, msgspec.json.encode(detail or {}).decode(), time.time_ns()),
+        )
+
+    def end(self, subject: str, kind: str) -> None:
+        """Drop an intent."""
+        self._end(subject, kind)
+
+    def intents(self) -> list[Intent]:
+        """Every intent that has not ended, oldest first."""
+        rows = self._db.execute("SELECT subject, kind, detail FROM intents ORDER BY at_ns").fetchall()
+        return [Intent(subject=s, kind=k, detail=msgspec.json.decode(d)) for s, k, d in rows]
+
+    def has_intent(self, subject: str, kind: str) -> bool:
+        """Whether that operation was begun and has not ended."""
+        row = self._db.execute("SELECT 1 FROM intents WHERE subject = ? AND kind = ?", (subject, kind))
+        return row.fetchone() is not None
+
+    def save_spec(self, container_id: str, spec: bytes) -> None:
+        """Keep the OCI spec a container was made with: exec and verbose status read it."""
+        self._db.execute("UPDATE containers SET spec = ? WHERE id = ?", (spec, container_id))
+
+    def spec(self, container_id: str) -> bytes:
+        """The OCI spec of a container. Raises RemoteError(NOT_FOUND) before there is one."""
+        row = self._db.execute("SELECT spec FROM containers WHERE id = ?", (container_id,)).fetchone()
+        if row is None or row[0] is None:
+            raise not_found(f"container {container_id} has no OCI spec yet")
+        return bytes(row[0])
+
+    # -- inside ---------------------------------------------------------------------------------------
+
+    def _open(self, boot_id: str) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.executescript(_TABLES)
+        meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
+        if int(meta.get("schema", SCHEMA)) != SCHEMA:
+            raise WrongSchema(f"state.db has schema {meta['schema']}, this release knows {SCHEMA}")
+        with self._transaction():
+            if meta.get("boot_id", boot_id) != boot_id:
+                self._forget_all()
+            pairs = [("schema", str(SCHEMA)), ("boot_id", boot_id)]
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
+
+    def _forget_all(self) -> None:
+        log.get().info("the machine was booted anew, old pods and containers are forgotten")
+        for table in ("pods", "containers", "intents"):
+            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own tables
+
+    def _load(self) -> None:
+        for record, config in self._db.execute("SELECT record, config FROM pods ORDER BY rowid"):
+            pod = msgspec.msgpack.decode(record, type=PodRecord)
+            self._show_pod(pod, pb.PodSandboxConfig.FromString(config))
+        for record, config in self._db.execute("SELECT record, config FROM containers ORDER BY rowid"):
+            container = msgspec.msgpack.decode(record, type=ContainerRecord)
+            self._show_container(container, pb.ContainerConfig.FromString(config))
+
+    def _show_pod(self, record: PodRecord, config: pb.PodSandboxConfig) -> Pod:
+        pod = self.pods[record.id] = Pod(record, config)
+        self._pod_ids.add(record.id)
+        if record.phase is not Phase.GONE:
+            self._pod_names[pod.name] = record.id
+        return pod
+
+    def _show_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
+        container = self.containers[record.id] = Container(record, config)
+        self._container_ids.add(record.id)
+        self._of_pod.setdefault(record.pod_id, {})[record.id] = container
+        if record.phase is not Phase.GONE:
+            self._container_names[container.name] = record.id
+        return container
+
+    def _free_pod_name(self, pod: Pod) -> None:
+        if self._pod_names.get(pod.name) == pod.id:
+            del self._pod_names[pod.name]
+
+    def _free_container_name(self, container: Container) -> None:
+        if self._container_names.get(container.name) == container.id:
+            del self._container_names[container.name]
+
+    def _end(self, subject: str, kind: str) -> None:
+        if kind:
+            self._db.execute("DELETE FROM intents WHERE subject = ? AND kind = ?", (subject, kind))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+#: How much of a wrong id an error repeats.
+ID_SHOWN = 80

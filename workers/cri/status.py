@@ -1,0 +1,124 @@
+"""Runs in: cri. How the node is: conditions with reasons, runtime handlers, features."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from ipc.cri import api_pb2 as pb
+from ipc.errors import RemoteError
+from ipc.messages import network, supervisor
+from ipc.messages.supervisor import HostInfo, RuntimeInfo, WorkerState
+from ipc.settings import CriSettings
+from workers.cri.node import Node
+
+RUNTIME_NAME = "bulkhead"
+KUBELET_API_VERSION = "0.1.0"  # what Version has answered since CRI began
+CRI_VERSION = "v1"
+#: Seconds for each question that Status asks; kubelets ask every few seconds.
+STATUS_TIMEOUT = 2.0
+#: Workers without which no pod can be run, and the states that say so.
+VITAL = ("storage", "network")
+SICK = {"backoff", "failed"}
+
+
+def version(runtime_version: str) -> pb.VersionResponse:
+    """Version."""
+    return pb.VersionResponse(
+        version=KUBELET_API_VERSION,
+        runtime_name=RUNTIME_NAME,
+        runtime_version=runtime_version,
+        runtime_api_version=CRI_VERSION,
+    )
+
+
+def runtime_config(settings: CriSettings) -> pb.RuntimeConfigResponse:
+    """RuntimeConfig: the cgroup driver that the kubelet must use too."""
+    systemd = settings.cgroup_driver == "systemd"
+    driver = pb.CgroupDriver.SYSTEMD if systemd else pb.CgroupDriver.CGROUPFS
+    return pb.RuntimeConfigResponse(linux=pb.LinuxRuntimeConfiguration(cgroup_driver=driver))
+
+
+async def status(node: Node, *, verbose: bool) -> pb.StatusResponse:
+    """Status: what is wrong is said with the process that is to blame."""
+    runtime, network_, host = await asyncio.gather(
+        _runtime_condition(node), _network_condition(node), _host(node)
+    )
+    answer = pb.StatusResponse(
+        status=pb.RuntimeStatus(conditions=[runtime, network_]),
+        runtime_handlers=runtime_handlers(node.settings, host),
+        features=pb.RuntimeFeatures(supplemental_groups_policy=True, mount_options=True),
+    )
+    if verbose:
+        answer.info.update(_info(node.settings, host))
+    return answer
+
+
+async def _runtime_condition(node: Node) -> pb.RuntimeCondition:
+    condition = pb.RuntimeCondition(type="RuntimeReady", status=True)
+    try:
+        request = supervisor.WorkerList()
+        listed = await node.peers.supervisor.call(request, timeout=STATUS_TIMEOUT)
+    except RemoteError as error:
+        condition.status, condition.reason = False, "SupervisorUnavailable"
+        condition.message = f"the supervisor does not answer: {error.text}"
+        return condition
+    sick = [worker for worker in listed.workers if worker.kind in VITAL and worker.state in SICK]
+    if sick:
+        condition.status, condition.reason = False, "WorkerFailed"
+        condition.message = "; ".join(map(_complaint, sick))
+    return condition
+
+
+def _complaint(worker: WorkerState) -> str:
+    return f"worker {worker.name} is in state {worker.state} (last death: {worker.last_death or 'none'})"
+
+
+async def _network_condition(node: Node) -> pb.RuntimeCondition:
+    condition = pb.RuntimeCondition(type="NetworkReady", status=True)
+    try:
+        state = await node.peers.network.call(network.StatusGet(), timeout=STATUS_TIMEOUT)
+    except RemoteError as error:
+        condition.status, condition.reason = False, "NetworkWorkerUnavailable"
+        condition.message = f"the network worker does not answer: {error.text}"
+        return condition
+    condition.status, condition.reason, condition.message = state.ready, state.reason, state.message
+    return condition
+
+
+async def _host(node: Node) -> HostInfo | None:
+    try:
+        return await node.host(STATUS_TIMEOUT)
+    except RemoteError:
+        return None  # RuntimeReady says it
+
+
+def runtime_handlers(settings: CriSettings, host: HostInfo | None) -> list[pb.RuntimeHandler]:
+    """Every configured handler with its features, the default one under "" too."""
+    known = {} if host is None else {info.name: info for info in host.runtimes}
+    handlers = [_handler(r.name, known.get(r.name)) for r in settings.runtimes]
+    if settings.default_runtime:
+        handlers.insert(0, _handler("", known.get(settings.default_runtime)))
+    return handlers
+
+
+def _handler(name: str, info: RuntimeInfo | None) -> pb.RuntimeHandler:
+    recursive = info is not None and info.recursive_read_only
+    features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=recursive, user_namespaces=False)
+    return pb.RuntimeHandler(name=name, features=features)
+
+
+def _info(settings: CriSettings, host: HostInfo | None) -> dict[str, str]:
+    """Verbose details; no secrets stand in cri's settings."""
+    config = {
+        "root": settings.root,
+        "runRoot": settings.run_root,
+        "cgroupDriver": settings.cgroup_driver,
+        "defaultRuntime": settings.default_runtime,
+        "runtimes": {runtime.name: runtime.path for runtime in settings.runtimes},
+    }
+    info = {"config": msgspec.json.encode(config).decode()}
+    if host is not None:
+        info["host"] = msgspec.json.encode(host).decode()
+    return info
