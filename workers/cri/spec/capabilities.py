@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ipc.capabilities import NAMES as KNOWN
 from ipc.cri import api_pb2
 from ipc.errors import invalid
 
 from .inputs import SpecInputs
 from .notes import Notes
-from .words import words
 
-#: In the order of their numbers, 0 to 40 (Linux 5.9 and later).
-NAMES: tuple[str, ...] = tuple(
-    f"CAP_{name}"
-    for name in words("""
-        CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
-        NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
-        SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
-        AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
-        PERFMON BPF CHECKPOINT_RESTORE
-    """)
-)
+#: In the order of their numbers.
+NAMES = tuple(f"CAP_{name}" for name in KNOWN)
 #: Given where neither the configuration nor the request says otherwise.
 DEFAULT: tuple[str, ...] = (
     "CAP_CHOWN",
