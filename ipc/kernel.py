@@ -72,6 +72,11 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(target.encode(), flags | UMOUNT_NOFOLLOW), f"unmount {target!r}")
 
 
+def syncfs(fd: int) -> None:
+    """syncfs(2): write everything of the file system that `fd` is on to disk. Raises OSError."""
+    _check(_libc.syncfs(fd), "syncfs")
+
+
 def unshare(flags: int) -> None:
     """unshare(2). Raises OSError."""
     _check(_libc.unshare(flags), f"unshare {flags:#x}")

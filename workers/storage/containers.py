@@ -1,0 +1,329 @@
+"""Runs in: storage, and (build, dismantle) in its children.
+
+Root file systems of containers: a writable layer below root, an overlay mounted below run_root, the user
+resolved in what is mounted, the sources of its mounts looked at. All or nothing: what a failed create made
+is taken away again, unless the container was there before.
+
+A container's row is written before its directories and deleted after them, so its image is in use for as
+long as there is anything of it. After a reboot the mounts are gone and the directories tell what there was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ipc.errors import Code, RemoteError, not_found, precondition
+from ipc.loop import Loop
+from ipc.messages import Body, Empty
+from ipc.messages.storage import (
+    ContainerCreate,
+    ContainerRemove,
+    ContainerRootfs,
+    ContainerUnmount,
+)
+from ipc.serve import Call
+from workers.jobs import Job, Jobs
+
+from . import mounts, users
+from .commit import copy_looks
+from .database import Database
+from .images import Images
+from .layers import Layers, LowerLayer
+from .mounts import Progress
+from .paths import Paths, checked_id
+from .serial import Done, Serial
+
+EMPTY_LINK = "empty"
+
+
+class ContainerPlan(Body):
+    """Everything that a child needs to build or dismantle one container's root."""
+
+    writable: str  # <root>/containers/<id>
+    mounted: str  # <run_root>/containers/<id>
+    links: str
+    lowers: list[LowerLayer]
+
+
+class Containers:
+    """The containers of one root directory."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        jobs: Jobs,
+        paths: Paths,
+        *,
+        database: Database,
+        layers: Layers,
+        images: Images,
+        source_timeout: float,
+    ) -> None:
+        self._loop = loop
+        self._jobs = jobs
+        self._paths = paths
+        self._database = database
+        self._layers = layers
+        self._images = images
+        self._source_timeout = source_timeout
+        self._serial = Serial()
+
+    # -- create ---------------------------------------------------------------------------------------
+
+    def create(self, call: Call, body: ContainerCreate) -> None:
+        """storage.container.create"""
+        checked_id(body.container_id, "container")
+        checked_id(body.pod_id, "pod")
+        call.doing = "waiting for an earlier operation on the container"
+        self._serial.run(body.container_id, lambda done: _guarded(call, done, self._create, body))
+
+    def _create(self, call: Call, done: Done, body: ContainerCreate) -> None:
+        image_id = self._images.find(body.image_id)
+        if image_id is None:
+            raise not_found(f"image {body.image_id} is not here")
+        known = self._database.container(body.container_id)
+        if known is not None and known != (body.pod_id, image_id):
+            raise precondition(f"container {body.container_id} exists with another pod or image")
+        chain = self._images.layers_of(image_id)
+        plan = self._plan(body.container_id, self._layers.lowers(chain[-1]) if chain else [])
+        if known is None:
+            self._database.add_container(body.container_id, body.pod_id, image_id)
+        self._build(call, done, body, plan, new=known is None)
+
+    def _build(
+        self, call: Call, done: Done, body: ContainerCreate, plan: ContainerPlan, *, new: bool
+    ) -> None:
+        progress = Progress()
+
+        def ended(outcome: Any) -> None:
+            watch.cancel()
+            progress.close()
+            if not isinstance(outcome, RemoteError):
+                call.reply(msgspec.convert(outcome, ContainerRootfs))
+                done()
+                return
+            call.fail(outcome)
+            if new:
+                self._dismantle(body.container_id, plan, lambda _: done())
+            else:
+                done()
+
+        finish = _once(ended)
+        job = self._jobs.start(build, plan, body, progress, on_done=finish, name="create container")
+        call.doing = "making the container's root file system"
+        call.on_abandon(job.kill)
+        watch = _Watch(self._loop, self._source_timeout, job=job, progress=progress, call=call, finish=finish)
+
+    # -- remove ---------------------------------------------------------------------------------------
+
+    def remove(self, call: Call, body: ContainerRemove) -> None:
+        """storage.container.remove"""
+        checked_id(body.container_id, "container")
+        self._serial.run(body.container_id, lambda done: _guarded(call, done, self._remove, body))
+
+    def _remove(self, call: Call, done: Done, body: ContainerRemove) -> None:
+        plan = self._plan(body.container_id, [])
+
+        def dismantled(outcome: Any) -> None:
+            _answer(call, outcome)
+            done()
+
+        self._dismantle(body.container_id, plan, dismantled)
+
+    def _dismantle(self, container_id: str, plan: ContainerPlan, then: Callable[[Any], object]) -> None:
+        grave = self._paths.fresh(f"container-{container_id[:16]}")
+
+        def dismantled(outcome: Any) -> None:
+            if not isinstance(outcome, RemoteError):
+                self._database.drop_container(container_id)
+                self._images.container_gone()
+                if outcome:
+                    self._layers.delete([grave])
+            then(outcome)
+
+        self._jobs.start(dismantle, plan, str(grave), on_done=dismantled, name="remove container")
+
+    def unmount(self, call: Call, body: ContainerUnmount) -> None:
+        """storage.container.unmount"""
+        checked_id(body.container_id, "container")
+        self._serial.run(body.container_id, lambda done: _guarded(call, done, self._unmount, body))
+
+    def _unmount(self, call: Call, done: Done, body: ContainerUnmount) -> None:
+        def unmounted(outcome: Any) -> None:
+            _answer(call, outcome)
+            done()
+
+        plan = self._plan(body.container_id, [])
+        self._jobs.start(unmount_root, plan, on_done=unmounted, name="unmount container")
+
+    # -- what there is --------------------------------------------------------------------------------
+
+    def inventory(self) -> list[str]:
+        """Every container that there is anything of."""
+        found = self._database.container_ids()
+        for directory in (self._paths.containers, self._paths.mounts):
+            found.update(os.listdir(directory))
+        return sorted(found)
+
+    def _plan(self, container_id: str, lowers: list[LowerLayer]) -> ContainerPlan:
+        return ContainerPlan(
+            writable=str(self._paths.containers / container_id),
+            mounted=str(self._paths.mounts / container_id),
+            links=str(self._paths.links),
+            lowers=lowers,
+        )
+
+
+class _Watch:
+    """Ends a build that hangs at one path for too long, and tells which."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        timeout: float,
+        *,
+        job: Job,
+        progress: Progress,
+        call: Call,
+        finish: Callable[[Any], None],
+    ) -> None:
+        self._loop, self._timeout, self._job = loop, timeout, job
+        self._progress, self._call, self._finish = progress, call, finish
+        self._seen = (0, loop.time())
+        self._timer = loop.call_later(timeout / 8, self._look)
+
+    def cancel(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        step, text = self._progress.read()
+        now = self._loop.time()
+        if step != self._seen[0]:
+            self._seen = (step, now)
+        elif now - self._seen[1] >= self._timeout:
+            self._give_up(text)
+            return
+        self._call.doing = f"making the container's root file system: {text}"
+        self._timer = self._loop.call_later(self._timeout / 8, self._look)
+
+    def _give_up(self, text: str) -> None:
+        """Not even SIGKILL may end a child that waits for a dead server: do not wait for its end."""
+        error = RemoteError(Code.DEADLINE_EXCEEDED, f"{text}: no answer within {self._timeout:g} s")
+        self._job.kill(error)
+        self._finish(error)
+
+
+def _once(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    called = False
+
+    def once(value: Any) -> None:
+        nonlocal called
+        if not called:
+            called = True
+            function(value)
+
+    return once
+
+
+def _guarded(call: Call, done: Done, operation: Callable[[Call, Done, Any], None], body: Body) -> None:
+    """Start an operation whose turn has come, unless nobody wants it any more."""
+    if call.done:
+        done()
+        return
+    try:
+        operation(call, done, body)
+    except RemoteError as error:
+        call.fail(error)
+        done()
+
+
+def _answer(call: Call, outcome: Any) -> None:
+    call.fail(outcome) if isinstance(outcome, RemoteError) else call.reply(Empty())
+
+
+# -- in children ----------------------------------------------------------------------------------------
+
+
+def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> ContainerRootfs:
+    """Make the root file system; done again, it finds what is there. Raises RemoteError, OSError."""
+    infos = [mounts.examine_source(source, progress) for source in body.mounts]
+    progress.at("the container's root file system")
+    rootfs = Path(plan.mounted, "rootfs")
+    rootfs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not mounts.is_mounted(rootfs):
+        _mount(plan, rootfs)
+    progress.at("the image's /etc/passwd and /etc/group")
+    root_fd = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        user = users.resolve(root_fd, body.user)
+    finally:
+        os.close(root_fd)
+    return ContainerRootfs(
+        rootfs=str(rootfs),
+        uid=user.uid,
+        gid=user.gid,
+        additional_gids=user.additional_gids,
+        home=user.home,
+        user_name=user.name,
+        mounts=infos,
+    )
+
+
+def _mount(plan: ContainerPlan, rootfs: Path) -> None:
+    upper, work = Path(plan.writable, "upper"), Path(plan.writable, "work")
+    os.umask(0o022)
+    upper.parent.mkdir(mode=0o700, exist_ok=True)
+    work.mkdir(mode=0o700, exist_ok=True)
+    _make_upper(upper, Path(plan.lowers[0].diff) if plan.lowers else Path(plan.links, EMPTY_LINK))
+    for lower in plan.lowers:
+        _ensure_link(Path(plan.links), lower)
+    names = [lower.link for lower in plan.lowers] or [EMPTY_LINK]
+    mounts.mount_overlay(Path(plan.links), names, upper, work, rootfs)
+
+
+def _make_upper(upper: Path, top: Path) -> None:
+    """The writable layer's root is what is seen as `/`: it must look like the image's."""
+    with contextlib.suppress(FileExistsError):
+        upper.mkdir(mode=0o700)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        top_fd, upper_fd = os.open(top, flags), os.open(upper, flags)
+        try:
+            copy_looks(top_fd, upper_fd)
+        finally:
+            os.close(top_fd)
+            os.close(upper_fd)
+
+
+def _ensure_link(links: Path, lower: LowerLayer) -> None:
+    """Make the layer's short link, or make it right: numbers start anew with a new database."""
+    link, target = links / lower.link, f"../layers/{Path(lower.diff).parent.name}/diff"
+    with contextlib.suppress(OSError):
+        if link.readlink() == Path(target):
+            return
+    temporary = links / f"{lower.link}-{os.getpid()}"
+    temporary.symlink_to(target)
+    temporary.rename(link)
+
+
+def unmount_root(plan: ContainerPlan) -> None:
+    """Unmount the root file system, if it is mounted. Raises RemoteError."""
+    mounts.unmount_all(Path(plan.mounted, "rootfs"))
+
+
+def dismantle(plan: ContainerPlan, grave: str) -> bool:
+    """Unmount the root file system and move the writable layer to `grave`. True if there was one."""
+    unmount_root(plan)
+    mounts.remove_directory(Path(plan.mounted, "rootfs"))
+    mounts.remove_directory(Path(plan.mounted))
+    try:
+        Path(plan.writable).rename(grave)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,117 @@
+"""Runs in: storage.
+
+The storage worker: its whole API is the table below. It owns layers, images, the root file systems of
+containers and the files of pods; only `cri` may ask (and root, for repair). It has no network, forks a child
+for whatever can take long or touches a name that an image or a user chose, and blocks on nothing but its own
+database.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+
+from ipc.loop import Loop
+from ipc.messages import storage
+from ipc.serve import Call
+from ipc.settings import StorageSettings
+from ipc.table import ROOT, Handler, Handlers, table
+from workers import boot
+from workers.jobs import Jobs
+
+from .containers import Containers
+from .database import Database
+from .images import Images
+from .layers import Layers
+from .paths import Paths
+from .pods import Pods
+
+CALLERS = frozenset({"cri", ROOT})
+
+
+@dataclass
+class State:
+    """What prepare leaves for run."""
+
+    paths: Paths
+
+
+class Storage:
+    """The parts of the worker, wired."""
+
+    def __init__(self, loop: Loop, paths: Paths, settings: StorageSettings) -> None:
+        self.jobs = Jobs(loop)
+        self.paths = paths
+        self.database = Database(paths.database)
+        self.layers = Layers(loop, self.jobs, paths, self.database, settings)
+        self.images = Images(self.database, self.layers, loop.call_soon)
+        self.containers = Containers(
+            loop,
+            self.jobs,
+            paths,
+            database=self.database,
+            layers=self.layers,
+            images=self.images,
+            source_timeout=settings.mount_source_timeout,
+        )
+        self.pods = Pods(self.jobs, paths)
+
+    def reconcile(self) -> None:
+        """Make rows and directories agree after whatever ended the last life."""
+        self.layers.reconcile()
+        self.images.reconcile()
+
+    def fs_info(self, _call: Call, _body: storage.FsInfoGet) -> storage.FsInfo:
+        """storage.fs.info"""
+        used, entries = self.database.totals()
+        status = os.statvfs(self.paths.root)
+        return storage.FsInfo(
+            mountpoint=str(self.paths.root),
+            used_bytes=used,
+            used_inodes=entries,
+            available_bytes=status.f_bavail * status.f_frsize,
+            timestamp_ns=time.time_ns(),
+        )
+
+    def inventory(self, _call: Call, _body: storage.InventoryList) -> storage.Inventory:
+        """storage.inventory.list"""
+        return storage.Inventory(containers=self.containers.inventory(), pods=self.pods.inventory())
+
+    def handlers(self) -> Handlers:
+        """The worker's table."""
+        return table(
+            Handler(storage.LayerBegin, self.layers.begin, CALLERS),
+            Handler(storage.LayerCommit, self.layers.commit, CALLERS),
+            Handler(storage.LayerAbort, self.layers.abort, CALLERS),
+            Handler(storage.ImagePut, self.images.put, CALLERS),
+            Handler(storage.ImageGet, self.images.get, CALLERS),
+            Handler(storage.ImageList, self.images.list_all, CALLERS),
+            Handler(storage.ImageRemove, self.images.remove, CALLERS),
+            Handler(storage.FsInfoGet, self.fs_info, CALLERS),
+            Handler(storage.PodSetup, self.pods.setup, CALLERS),
+            Handler(storage.PodTeardown, self.pods.teardown, CALLERS),
+            Handler(storage.ContainerCreate, self.containers.create, CALLERS),
+            Handler(storage.ContainerRemove, self.containers.remove, CALLERS),
+            Handler(storage.ContainerUnmount, self.containers.unmount, CALLERS),
+            Handler(storage.InventoryList, self.inventory, CALLERS),
+        )
+
+
+def prepare(context: boot.Context[StorageSettings]) -> State:
+    """Make the directories while nothing is forbidden yet."""
+    paths = Paths(context.settings.root, context.settings.run_root)
+    paths.make()
+    return State(paths)
+
+
+def run(context: boot.Context[StorageSettings], state: State) -> None:
+    """Serve until told to stop."""
+    loop = Loop()
+    worker = Storage(loop, state.paths, context.settings)
+    worker.reconcile()
+    try:
+        boot.serve(context, loop, worker.handlers())
+    finally:
+        worker.jobs.kill_all()
+        worker.database.close()

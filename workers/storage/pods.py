@@ -1,0 +1,143 @@
+"""Runs in: storage, and (set_up, tear_down) in its children.
+
+The files that all containers of a pod share: resolv.conf, hostname, hosts, and a tmpfs for /dev/shm. A file
+that is there is left alone: it may be mounted in a container already.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ipc import kernel
+from ipc.errors import RemoteError, internal, invalid
+from ipc.messages import Empty
+from ipc.messages.storage import PodFiles, PodSetup, PodTeardown
+from ipc.serve import Call
+from workers.jobs import Jobs
+
+from . import mounts
+from .paths import Paths, checked_id
+from .serial import Done, Serial
+
+MAX_HOST_FILE = 1024 * 1024
+SHM_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+_HOSTS = """\
+127.0.0.1\tlocalhost
+::1\tlocalhost ip6-localhost ip6-loopback
+fe00::0\tip6-localnet
+fe00::0\tip6-mcastprefix
+fe00::1\tip6-allnodes
+fe00::2\tip6-allrouters
+"""
+
+
+class Pods:
+    """The pods' directories below one run root."""
+
+    def __init__(self, jobs: Jobs, paths: Paths) -> None:
+        self._jobs = jobs
+        self._paths = paths
+        self._serial = Serial()
+
+    def setup(self, call: Call, body: PodSetup) -> None:
+        """storage.pod.setup"""
+        checked_id(body.pod_id, "pod")
+        if any(c in body.hostname for c in "\0\n \t") or len(body.hostname) > 64 or body.shm_bytes < 0:
+            raise invalid(f"pod {body.pod_id}: bad host name {body.hostname!r} or size of /dev/shm")
+        directory = str(self._paths.pods / body.pod_id)
+        self._serial.run(body.pod_id, lambda done: self._start(call, done, set_up, directory, body))
+
+    def teardown(self, call: Call, body: PodTeardown) -> None:
+        """storage.pod.teardown"""
+        directory = str(self._paths.pods / checked_id(body.pod_id, "pod"))
+        self._serial.run(body.pod_id, lambda done: self._start(call, done, tear_down, directory))
+
+    def _start(self, call: Call, done: Done, function: Any, *args: Any) -> None:
+        def ended(outcome: Any) -> None:
+            if isinstance(outcome, RemoteError):
+                call.fail(outcome)
+            else:
+                call.reply(Empty() if outcome is None else msgspec.convert(outcome, PodFiles))
+            done()
+
+        if call.done:
+            done()
+            return
+        job = self._jobs.start(function, *args, on_done=ended)
+        call.doing = job.name
+        call.on_abandon(job.kill)
+
+    def inventory(self) -> list[str]:
+        """Every pod that there is anything of."""
+        return sorted(os.listdir(self._paths.pods))
+
+
+# -- in children ----------------------------------------------------------------------------------------
+
+
+def set_up(directory: str, body: PodSetup) -> PodFiles:
+    """Make the pod's files and its tmpfs; what is there stays."""
+    os.umask(0o022)
+    home = Path(directory)
+    home.mkdir(mode=0o700, exist_ok=True)
+    resolv_conf = body.resolv_conf if body.resolv_conf is not None else host_resolv_conf()
+    _write_once(home / "resolv.conf", resolv_conf)
+    _write_once(home / "hostname", f"{body.hostname}\n".encode())
+    _write_once(home / "hosts", hosts(body.hostname).encode())
+    if body.shm_bytes:
+        _mount_shm(home / "shm", body.shm_bytes)
+    return PodFiles(
+        directory=directory,
+        shm=f"{directory}/shm" if body.shm_bytes else "",
+        resolv_conf=f"{directory}/resolv.conf",
+        hostname=f"{directory}/hostname",
+        hosts=f"{directory}/hosts",
+    )
+
+
+def hosts(hostname: str) -> str:
+    """hosts(5) of a pod; a kubelet brings its own, with the pod's address."""
+    return f"{_HOSTS}127.0.1.1\t{hostname}\n" if hostname else _HOSTS
+
+
+def host_resolv_conf(path: str = "/etc/resolv.conf") -> bytes:
+    """The host's resolv.conf, empty if it has none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_HOST_FILE)
+    except FileNotFoundError:
+        return b""
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    if path.exists():
+        return
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(data)
+    temporary.chmod(0o644)
+    temporary.rename(path)
+
+
+def _mount_shm(path: Path, size: int) -> None:
+    path.mkdir(mode=0o700, exist_ok=True)
+    if mounts.is_mounted(path):
+        return
+    try:
+        kernel.mount("shm", str(path), "tmpfs", SHM_FLAGS, f"mode=1777,size={size}")
+    except OSError as error:
+        raise internal(f"cannot mount the pod's /dev/shm: {error.strerror}") from error
+
+
+def tear_down(directory: str) -> None:
+    """Unmount and remove everything of the pod. Absent is success."""
+    home = Path(directory)
+    mounts.unmount_all(home / "shm")
+    mounts.remove_directory(home / "shm")
+    if home.is_dir():
+        for path in home.iterdir():
+            path.unlink()
+        home.rmdir()
