@@ -88,13 +88,19 @@ class ConfDir:
 
 def _read(path: str) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return _read_regular(path)
     except OSError as error:
         raise ConfigError(error.strerror or str(error)) from None
-    with os.fdopen(fd, "rb") as file:
+
+
+def _read_regular(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for its writer
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ConfigError("not a regular file")
-        data = file.read(FILE_LIMIT + 1)
+        data = os.read(fd, FILE_LIMIT + 1)
+    finally:
+        os.close(fd)
     if len(data) > FILE_LIMIT:
         raise ConfigError(f"larger than {FILE_LIMIT} bytes")
     return data

@@ -59,7 +59,7 @@ def parse_result(data: bytes, *, version: str) -> dict[str, Any]:
     """Return the result of an ADD, converted to `version`. Raises PluginError."""
     result = parse_object(data, what="result")
     for key, kind in (("interfaces", list), ("ips", list), ("routes", list), ("dns", dict)):
-        if not isinstance(result.get(key) or kind(), kind):
+        if result.get(key) is not None and not isinstance(result[key], kind):
             raise PluginError(f'the "{key}" of its result has the wrong type')
     if not all(isinstance(item, dict) for key in ("interfaces", "ips") for item in result.get(key) or []):
         raise PluginError("its result lists something that is no object")
