@@ -151,13 +151,14 @@ WORKER_LIMITS: Mapping[str, int] = {
 }
 
 #: Storage stays root, without what root is feared for: no NET_*, SYS_MODULE, SYS_PTRACE, SYS_RAWIO, SYS_BOOT.
+#: An overlay mount keeps the capabilities of the process that mounted it: what a container copies up, it
+#: copies up with these.
 STORAGE_CAPABILITIES = frozenset(
     {
-        "SYS_ADMIN",  # mount overlayfs, bind idmapped mounts, trusted.overlay.* xattrs
-        "SYS_CHROOT",  # unpack children enter their layer
+        "SYS_ADMIN",  # mount overlayfs, trusted.overlay.* attributes, mount namespaces of unpack children
+        "SYS_CHROOT",  # children enter a layer or an image root
         "CHOWN",  # numeric owners out of archives
         "DAC_OVERRIDE",  # directories that an image made unwritable for their owner
-        "DAC_READ_SEARCH",  # open_tree and lower layers of other owners
         "FOWNER",  # chmod and utimes on files of other owners
         "FSETID",  # setgid bits survive chown
         "MKNOD",  # device nodes and overlay whiteouts
@@ -169,12 +170,12 @@ STORAGE_CAPABILITIES = frozenset(
     }
 )
 
-#: Network stays root for what CNI plugins, children of it, need.
+#: Network stays root for what CNI plugins, children of it, need; tried with the reference plugins.
 NETWORK_CAPABILITIES = frozenset(
     {
         "NET_ADMIN",  # links, addresses, routes, netfilter, sysctls of a namespace
-        "NET_RAW",  # iptables; ARP and neighbour announcements of plugins
-        "NET_BIND_SERVICE",  # host ports below 1024 are reserved by binding them
+        "NET_RAW",  # iptables-legacy talks through a raw socket; address announcements
         "SYS_ADMIN",  # setns, pin namespaces with bind mounts
+        "DAC_OVERRIDE",  # the tuning plugin makes its directory 0600, which then only this can enter
     }
 )
