@@ -1,8 +1,9 @@
 """Runs in: the tests; `python -m tests.support.network_node SETTINGS LISTENER CONTROL` is the worker.
 
 A node of its own for the network worker: a network namespace that plays the host's, a directory that plays
-/etc and /run, the worker in it, a client that the worker takes for `cri`, and the part of the supervisor
-that holds the listening socket and answers hello. The machine's own namespace is never touched.
+/etc and /run, the worker in the sandbox that the process table declares, a client that the worker takes for
+`cri`, and the part of the supervisor that holds the listening socket and answers hello. The machine's own
+namespace is never touched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from ipc import kernel, log
+from ipc import kernel
 from ipc.blocking import Client
 from ipc.channel import Channel, Peer
 from ipc.log import Log
@@ -34,6 +35,8 @@ from ipc.messages import Empty, control, network
 from ipc.serve import Call, Connection
 from ipc.settings import NetworkSettings
 from ipc.table import Handler, table
+from supervisor import sandbox
+from supervisor.table import TABLE
 from tests.support.leaks import Leaks, Scope
 from workers import boot
 from workers.network import main as network_main
@@ -332,8 +335,10 @@ def _worker(settings: str, listener_fd: int, control_fd: int) -> None:
         listener=socket.socket(fileno=listener_fd),
         control=socket.socket(fileno=control_fd),
     )
-    log.set_log(context.log)
-    boot.main(network_main, context, lambda: context.report)
+    declared = TABLE["network"].sandbox
+    assert declared is not None
+    places = {"run_root": context.settings.run_root, "root": context.settings.root}
+    boot.main(network_main, context, lambda: sandbox.enter(declared, sandbox.Identity(0, 0), places))
 
 
 if __name__ == "__main__":
