@@ -7,9 +7,12 @@ import os
 import pytest
 from hypothesis import settings
 
+from tests.support import machine
+
 settings.register_profile("default", deadline=None)
 settings.register_profile("fuzz", max_examples=20_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+machine.enter()
 
 
 @pytest.hookimpl(trylast=True)
