@@ -1,0 +1,191 @@
+"""Runs in: the monitor. The encoder is sans-IO.
+
+The CRI log format: `<RFC3339Nano, local offset> <stream> <F|P> <text>`, one record a line. A line that is not
+complete when its source pauses, or longer than LINE_LIMIT, is written in pieces tagged P; joining the pieces
+of one stream gives back its bytes exactly. What cannot be written is dropped whole and counted: a full disk
+must not block a container.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from workers.monitor.containerlog import ContainerLog
+
+LINE_LIMIT = 16 * 1024  # bytes of text in one record, as the other runtimes have it
+FILE_MODE = 0o640
+DIRECTORY_MODE = 0o755
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+
+
+class Clock:
+    """Makes time stamps; the part down to the second is made once a second."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._head = b""
+        self._zone = b""
+
+    def stamp(self) -> bytes:
+        """Return the wall clock's time as RFC 3339 with nanoseconds and the local offset."""
+        second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._turn(second)
+        return b"%s.%09d%s" % (self._head, nanosecond, self._zone)
+
+    def _turn(self, second: int) -> None:
+        local = time.localtime(second)
+        minutes = local.tm_gmtoff // 60
+        sign = "-" if minutes < 0 else "+"
+        self._second = second
+        self._head = b"%04d-%02d-%02dT%02d:%02d:%02d" % local[:6]
+        self._zone = f"{sign}{abs(minutes) // 60:02d}:{abs(minutes) % 60:02d}".encode()
+
+
+class Encoder:
+    """One stream's bytes in, whole records out."""
+
+    def __init__(self, stream: str) -> None:
+        self._full = f" {stream} F ".encode()
+        self._partial = f" {stream} P ".encode()
+        self._rest = b""
+
+    def feed(self, chunk: bytes, stamp: bytes, *, more: bool) -> bytes:
+        """Return the records of `chunk`. `more`: the source holds further bytes, so a line begun may wait."""
+        data = self._rest + chunk if self._rest else chunk
+        cut = data.rfind(b"\n") + 1
+        if cut == len(data):
+            self._rest = b""
+            return self._lines(data, stamp)
+        rest = data[cut:]
+        keep = len(rest) % LINE_LIMIT if more else 0
+        self._rest = rest[len(rest) - keep :] if keep else b""
+        return self._lines(data[:cut], stamp) + self._pieces(rest[: len(rest) - keep], stamp)
+
+    def finish(self, stamp: bytes) -> bytes:
+        """Return the record of what is left at the stream's end."""
+        rest, self._rest = self._rest, b""
+        return self._pieces(rest, stamp)
+
+    def _lines(self, lines: bytes, stamp: bytes) -> bytes:
+        if not lines:
+            return b""
+        if _has_long_line(lines):
+            return b"".join(self._line(line, stamp) for line in lines[:-1].split(b"\n"))
+        head = stamp + self._full
+        return b"".join((head, lines[:-1].replace(b"\n", b"\n" + head), b"\n"))
+
+    def _line(self, line: bytes, stamp: bytes) -> bytes:
+        # The last piece is never empty unless the line is: F carries the remainder.
+        cut = max(0, len(line) - 1) // LINE_LIMIT * LINE_LIMIT
+        return self._pieces(line[:cut], stamp) + stamp + self._full + line[cut:] + b"\n"
+
+    def _pieces(self, text: bytes, stamp: bytes) -> bytes:
+        head = stamp + self._partial
+        return b"".join(
+            b"%s%s\n" % (head, text[at : at + LINE_LIMIT]) for at in range(0, len(text), LINE_LIMIT)
+        )
+
+
+def _has_long_line(lines: bytes) -> bool:
+    """True if a line is longer than LINE_LIMIT. Jumps from newline to newline in strides, not by line."""
+    start = 0
+    while len(lines) - start > LINE_LIMIT + 1:
+        newline = lines.rfind(b"\n", start, start + LINE_LIMIT + 1)
+        if newline < 0:
+            return True
+        start = newline + 1
+    return False
+
+
+class LogFile:
+    """The file at `path`, "" for none. Raises OSError from the constructor and `reopen` only.
+
+    `written` and `dropped` count bytes of records.
+    """
+
+    def __init__(self, path: str, log: ContainerLog) -> None:
+        self.written = 0
+        self.dropped = 0
+        self._path = path
+        self._log = log
+        self._torn = b""  # the end of a record whose beginning is in the file
+        self._failing = False
+        self._fd = _open(path) if path else -1
+
+    def write(self, records: bytes) -> None:
+        """Append whole records. What does not fit is dropped at a record's border, and counted."""
+        if self._fd < 0 or not records:
+            return
+        data = self._torn + records if self._torn else records
+        done = self._write(data)
+        self.written += done
+        if done == len(data):
+            self._torn = b""
+            self._mend()
+        else:
+            self._cut(data, done)
+
+    def _write(self, data: bytes) -> int:
+        done = 0
+        try:
+            done = os.write(self._fd, data)
+            while done < len(data):
+                done += os.write(self._fd, memoryview(data)[done:])
+        except OSError as error:
+            self._fail(error)
+        return done
+
+    def _cut(self, data: bytes, done: int) -> None:
+        # Finish the record that is half in the file as soon as the file takes bytes again.
+        begun = (done > 0 and data[done - 1] != 0x0A) or (done == 0 and bool(self._torn))
+        end = data.index(b"\n", done) + 1 if begun else done
+        self._torn = data[done:end]
+        self.dropped += len(data) - end
+
+    def _fail(self, error: OSError) -> None:
+        if not self._failing:
+            self._log.error("log cannot be written", path=self._path, error=error)
+        self._failing = True
+
+    def _mend(self) -> None:
+        if self._failing:
+            self._failing = False
+            self._log.warning("log is written again", path=self._path, bytes_dropped=self.dropped)
+
+    def reopen(self) -> None:
+        """Close the file and open (make) the one at the path now. Keeps the old one if that fails."""
+        if not self._path:
+            return
+        fd = _open(self._path)
+        if self._torn:
+            self._finish_torn()
+        os.close(self._fd)
+        self._fd = fd
+
+    def _finish_torn(self) -> None:
+        torn, self._torn = self._torn, b""
+        done = self._write(torn)
+        self.written += done
+        self.dropped += len(torn) - done
+
+    def close(self) -> None:
+        """Bring the file to the disk and close it. Trouble is logged."""
+        if self._fd < 0:
+            return
+        if self._torn:
+            self._finish_torn()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS):  # what is no regular file has no disk
+                self._fail(error)
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _open(path: str) -> int:
+    os.makedirs(os.path.dirname(path), mode=DIRECTORY_MODE, exist_ok=True)
+    return os.open(path, _FLAGS, FILE_MODE)

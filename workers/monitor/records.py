@@ -1,0 +1,93 @@
+"""Runs in: the monitor.
+
+What the monitor leaves on disk for whoever comes after: `state.json` while the container lives, `exit.json`
+when it has ended. Each is written beside its place and renamed, so a reader sees all of it or none.
+"""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from ipc.messages import Body
+from ipc.messages.monitor import ExitRecord
+
+STATE = "state.json"
+EXIT = "exit.json"
+OOM_KILLED = "OOMKilled"
+COMPLETED = "Completed"
+ERROR = "Error"
+START_ERROR = "StartError"
+
+
+class StateRecord(Body):
+    """Content of `state.json`. `pid_start` is field 22 of /proc/PID/stat: with the pid it names a process."""
+
+    container_id: str
+    pod_id: str
+    status: str
+    pid: int
+    pid_start: int
+    monitor_pid: int
+    runtime_name: str
+    runtime_path: str
+    runtime_root: str
+    log_path: str
+    created_at_ns: int
+    started_at_ns: int = 0
+
+
+def exit_reason(code: int, *, oom_kills: int) -> str:
+    """Return the CRI's word for an end with `code`."""
+    if code == 0:
+        return COMPLETED
+    return OOM_KILLED if oom_kills else ERROR
+
+
+def write_state(directory: str, record: StateRecord) -> None:
+    """Replace `state.json`. Not fsynced: a machine that loses it has lost the container too."""
+    _replace(directory, STATE, msgspec.json.encode(record), durable=False)
+
+
+def write_exit(directory: str, record: ExitRecord) -> None:
+    """Replace `exit.json`, on disk before it is seen. Raises OSError."""
+    _replace(directory, EXIT, msgspec.json.encode(record), durable=True)
+
+
+def read_exit(directory: str) -> ExitRecord | None:
+    """Return the exit record, None if there is none. Raises OSError, msgspec.DecodeError."""
+    try:
+        with open(os.path.join(directory, EXIT), "rb") as file:
+            return msgspec.json.decode(file.read(), type=ExitRecord)
+    except FileNotFoundError:
+        return None
+
+
+def write_file(path: str, data: bytes, *, mode: int = 0o600, durable: bool = False) -> None:
+    """Make or truncate a file with `data` in it. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _replace(directory: str, name: str, data: bytes, *, durable: bool) -> None:
+    path = os.path.join(directory, name)
+    write_file(path + ".new", data, mode=0o640, durable=durable)
+    os.rename(path + ".new", path)
+    if durable:
+        _sync_directory(directory)
+
+
+def _sync_directory(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

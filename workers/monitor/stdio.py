@@ -1,0 +1,131 @@
+"""Runs in: the monitor.
+
+The container's output: read ends of its pipes or the master of its terminal, and where their bytes go.
+One read a turn and source, so that a loud container leaves the rest of the monitor alive. After the
+container's end the sources are drained as long as bytes come, but not for ever: a process outside may hold
+the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import termios
+from collections.abc import Callable, Sequence
+
+from ipc.loop import Loop, Timer
+from workers.monitor.log import Clock, Encoder, LogFile
+
+PIPE_BYTES = 1024 * 1024
+QUIET = 0.25  # seconds without a byte after which a drained source is given up
+DRAIN_LIMIT = 2.0  # seconds of draining, bytes or not
+_INT = struct.Struct("i")
+
+Take = Callable[[bytes, bool], object]
+
+
+def make_pipe(size: int = PIPE_BYTES) -> tuple[int, int]:
+    """Return (read end, write end), close-on-exec, of `size` where the kernel allows. Raises OSError."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(read_fd, False)
+    with contextlib.suppress(PermissionError):  # over pipe-max-size or the user's share: the default serves
+        fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, size)
+    return read_fd, write_fd
+
+
+def waiting_bytes(fd: int) -> int:
+    """Return how many bytes can be read from a pipe or terminal now."""
+    try:
+        return int(_INT.unpack(fcntl.ioctl(fd, termios.FIONREAD, _INT.pack(0)))[0])
+    except OSError:
+        return 0
+
+
+class Source:
+    """One descriptor being read. `take(chunk, more)` gets its bytes, `ended` is called at its end."""
+
+    def __init__(self, loop: Loop, fd: int, size: int, take: Take, ended: Callable[[], object]) -> None:
+        self.fd = fd
+        self.open = True
+        self.last_byte = loop.time()
+        self._loop = loop
+        self._size = size
+        self._take = take
+        self._ended = ended
+        loop.add_reader(fd, self._readable)
+
+    def _readable(self) -> None:
+        try:
+            chunk = os.read(self.fd, self._size)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the last process left the terminal
+            chunk = b""
+        if not chunk:
+            self.close()
+            return
+        self.last_byte = self._loop.time()
+        # Only a line begun asks whether the source has its rest.
+        self._take(chunk, not chunk.endswith(b"\n") and waiting_bytes(self.fd) > 0)
+
+    def close(self) -> None:
+        """Stop reading, close the descriptor, tell. May be called again."""
+        if self.open:
+            self.open = False
+            self._loop.remove_reader(self.fd)
+            os.close(self.fd)
+            self._ended()
+
+
+class Drain:
+    """Waits, after a process ended, until its sources end, fall silent or have had their time."""
+
+    def __init__(self, loop: Loop, sources: Sequence[Source], done: Callable[[], object]) -> None:
+        self._loop = loop
+        self._sources = sources
+        self._done = done
+        self._since = loop.time()
+        self._timer: Timer | None = None
+        self._over = False
+        self.check()
+
+    def check(self) -> None:
+        """Look again; also to be called when a source has ended."""
+        if self._over:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        left = self._left()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self.check)
+            return
+        self._over = True
+        for source in self._sources:
+            source.close()
+        self._loop.call_soon(self._done)
+
+    def _left(self) -> float:
+        alive = [source.last_byte for source in self._sources if source.open]
+        if not alive:
+            return 0.0
+        quiet_until = max(self._since, *alive) + QUIET
+        return min(quiet_until, self._since + DRAIN_LIMIT) - self._loop.time()
+
+
+class LoggedStream:
+    """A container's stdout or stderr on its way into the log."""
+
+    def __init__(self, name: str, clock: Clock, file: LogFile) -> None:
+        self._encoder = Encoder(name)
+        self._clock = clock
+        self._file = file
+
+    def take(self, chunk: bytes, more: bool) -> None:
+        """Log a chunk."""
+        self._file.write(self._encoder.feed(chunk, self._clock.stamp(), more=more))
+
+    def finish(self) -> None:
+        """Log what was begun."""
+        self._file.write(self._encoder.finish(self._clock.stamp()))
