@@ -1,0 +1,1 @@
+"""Runs in: the command lines `bulkhead` (which becomes the supervisor) and `bulkheadctl` (a client)."""

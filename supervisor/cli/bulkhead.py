@@ -1,0 +1,156 @@
+"""Runs in: the command line `bulkhead`, which with `serve` becomes the supervisor.
+
+Reads flags and configuration and says in a sentence what is wrong with them; the supervisor itself is
+supervisor/server.py. Exit codes: 0 ended in order, 1 could not run, 2 usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from supervisor.config import LEVELS, Config
+from supervisor.configfile import MAIN_FILE, ConfigError, load
+from supervisor.table import TABLE, Table
+
+VERSION = "1.37.0.dev0"
+FAILED, USAGE = 1, 2
+
+
+def main(arguments: Sequence[str] | None = None, *, table: Table = TABLE) -> int:
+    """Run a command; return the exit code. Tests bring a process table of their own."""
+    options = _parser().parse_args(arguments)
+    options.table = table
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"bulkhead: {line}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bulkhead", description="A container runtime for Kubernetes.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = commands.add_parser("serve", help="run the supervisor in the foreground")
+    serve.set_defaults(run=_serve)
+    _configuration_flags(serve)
+    serve.add_argument("--daemon", action="store_true", help="go into the background")
+    serve.add_argument(
+        "--pid-file", metavar="FILE", help="with --daemon: write the pid here and lock the file"
+    )
+    serve.add_argument("--log-file", metavar="FILE", help="with --daemon: log here (<run root>/bulkhead.log)")
+    config = commands.add_parser("config", help="print the effective configuration")
+    config.set_defaults(run=_config)
+    _configuration_flags(config)
+    config.add_argument("--default", action="store_true", help="print the built-in defaults")
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _configuration_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help=f"configuration file ({MAIN_FILE})")
+    parser.add_argument("--config-dir", metavar="DIR", help="drop-in directory (<configuration file>.d)")
+    parser.add_argument("--root", metavar="DIR", help="persistent state")
+    parser.add_argument("--run-root", metavar="DIR", help="state of this boot")
+    parser.add_argument("--listen", metavar="PATH", help="the CRI socket")
+    parser.add_argument("--cni-conf-dir", metavar="DIR", help="network configurations")
+    parser.add_argument("--cni-bin-dir", metavar="DIR", action="append", help="plugins (may be repeated)")
+    parser.add_argument("--log-level", choices=LEVELS, help="how much is logged")
+
+
+def flags_table(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags as a configuration table."""
+    cni = {"conf_dir": _path(options.cni_conf_dir), "bin_dirs": options.cni_bin_dir}
+    if cni["bin_dirs"]:
+        cni["bin_dirs"] = [os.path.abspath(directory) for directory in options.cni_bin_dir]
+    table = {
+        "root": _path(options.root),
+        "run_root": _path(options.run_root),
+        "listen": _path(options.listen and options.listen.removeprefix("unix://")),
+        "log_level": options.log_level,
+        "cni": {name: value for name, value in cni.items() if value},
+    }
+    return {name: value for name, value in table.items() if value}
+
+
+def _path(value: str | None) -> str | None:
+    return os.path.abspath(value) if value else None
+
+
+def _load(options: argparse.Namespace) -> Config:
+    return load(options.config, options.config_dir, flags_table(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        print("bulkhead: serve must run as root", file=sys.stderr)
+        return FAILED
+    # Relative paths of the flags must survive the change of directory: a reload reads them again.
+    for name in ("config", "config_dir", "pid_file", "log_file"):
+        setattr(options, name, _path(getattr(options, name)))
+    config = _load(options)
+    if options.daemon:
+        return _daemon(options, config)
+    return _supervise(options, config)
+
+
+def _supervise(options: argparse.Namespace, config: Config) -> int:
+    import setproctitle
+
+    from supervisor.directories import InstanceRunning
+    from supervisor.notify import Notifier
+    from supervisor.server import Supervisor
+
+    setproctitle.setproctitle("bulkhead: supervisor [priv]")
+    _standard_descriptors()
+    try:
+        Supervisor(config, Notifier(os.environ), lambda: _load(options), options.table).run()
+    except (InstanceRunning, OSError) as error:
+        print(f"bulkhead: {error}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _standard_descriptors() -> None:
+    """Standard input is /dev/null, and nothing else gets the numbers 0 to 2."""
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    while null <= 2:
+        null = os.open("/dev/null", os.O_RDWR)
+    os.close(null)
+
+
+def _daemon(options: argparse.Namespace, config: Config) -> int:
+    import daemon  # type: ignore[import-untyped]  # it has no stubs
+    from daemon import pidfile
+
+    log_path = options.log_file or f"{config.run_root}/bulkhead.log"
+    os.makedirs(os.path.dirname(log_path), exist_ok=True)
+    lock = pidfile.TimeoutPIDLockFile(options.pid_file, 0) if options.pid_file else None
+    with (
+        open(log_path, "ab", buffering=0) as log,
+        daemon.DaemonContext(pidfile=lock, stdout=log, stderr=log, umask=0o022, signal_map={}),
+    ):
+        return _supervise(options, config)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from supervisor.configtext import render
+
+    print(render(Config() if options.default else _load(options)), end="")
+    return 0
+
+
+def _version(_options: argparse.Namespace) -> int:
+    print(f"bulkhead {VERSION}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Runs in: the supervisor, and `bulkhead config`.
+
+What can be configured: one dataclass per table of the TOML files, each key with its default, its meaning
+and its check. Reading and merging files is supervisor/configfile.py; what each worker is told of it is
+supervisor/settings.py. Times are seconds. Empty strings and lists mean "derived": see `Config.resolved`.
+"""
+
+# ruff: noqa: RUF009 - key() and table() return dataclass fields, which is what defaults are for
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: A check returns "" or what is wrong with the value, as the end of a sentence.
+Check = Callable[[Any], str]
+
+LEVELS = ("debug", "info", "warning", "error")
+CGROUP_MANAGERS = ("auto", "systemd", "cgroupfs")
+RUNTIME_NAMES = ("crun", "runc")
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def key(default: Any, doc: str, check: Check | None = None) -> Any:
+    """Declare a key: its default, its meaning (one or two lines) and an optional check of its value."""
+    metadata = {"doc": doc, "check": check}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def table(cls: type[Any], doc: str) -> Any:
+    """Declare a sub-table."""
+    return dataclasses.field(default_factory=cls, metadata={"doc": doc, "check": None})
+
+
+def absolute(value: str) -> str:
+    """Check: an absolute path without `..`."""
+    if not value.startswith("/"):
+        return "must be an absolute path"
+    return "must not contain '..'" if ".." in value.split("/") else ""
+
+
+def absolute_or_empty(value: str) -> str:
+    """Check: an absolute path, or nothing."""
+    return absolute(value) if value else ""
+
+
+def absolute_list(values: list[str]) -> str:
+    """Check: every element is an absolute path."""
+    return next((f"has {v!r}: it {absolute(v)}" for v in values if absolute(v)), "")
+
+
+def one_of(*words: str) -> Check:
+    """Check: one of these words."""
+    return lambda value: "" if value in words else f"must be one of {', '.join(words)}"
+
+
+def at_least(low: float) -> Check:
+    """Check: not below `low`."""
+    return lambda value: "" if value >= low else f"must be at least {low:g}"
+
+
+def between(low: int, high: int) -> Check:
+    """Check: in the closed interval."""
+    return lambda value: "" if low <= value <= high else f"must be between {low} and {high}"
+
+
+def matching(pattern: str, what: str) -> Check:
+    """Check: every element of the list matches the whole pattern."""
+    compiled = re.compile(pattern)
+    return lambda values: next(
+        (f"has {v!r}, which is not {what}" for v in values if not compiled.fullmatch(v)), ""
+    )
+
+
+def user(value: str | int) -> str:
+    """Check: a user's name, a number above 0, or nothing."""
+    if isinstance(value, int):
+        return "" if 0 < value < 2**32 - 1 else "must be a uid above 0"
+    return "" if re.fullmatch(r"|[A-Za-z_][A-Za-z0-9_.-]*\$?", value) else "must be a user name or a number"
+
+
+_CAPABILITY = matching(r"(CAP_)?[A-Z_]+", "a capability's name")
+_ENV = matching(r"[^=\0]+=[^\0]*", "of the form NAME=VALUE")
+_ULIMIT = matching(r"[a-z]+=-?\d+(:-?\d+)?", "of the form name=soft:hard")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """`[runtimes.NAME]`: one OCI runtime handler."""
+
+    path: str = key("", "Program; empty: NAME is looked up in the usual directories.", absolute_or_empty)
+    root: str = key("", "The runtime's --root; empty: <run_root>/runtimes/NAME.", absolute_or_empty)
+    args: list[str] = key([], "Global arguments, before the command.")
+
+
+@dataclass(frozen=True)
+class CniConfig:
+    conf_dir: str = key("/etc/cni/net.d", "Directory of network configurations.", absolute)
+    bin_dirs: list[str] = key(
+        ["/opt/cni/bin", "/usr/lib/cni"], "Directories of plugins, searched in order.", absolute_list
+    )
+    default_network: str = key("", "Name of the network to use; empty: the first file in lexical order.")
+    cache_dir: str = key("", "Results and records; empty: <run_root>/net.", absolute_or_empty)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    registries_conf: str = key("/etc/containers/registries.conf", "registries.conf, version 2.", absolute)
+    registries_conf_dir: str = key(
+        "/etc/containers/registries.conf.d", "Its drop-in directory.", absolute_or_empty
+    )
+    certs_dirs: list[str] = key(
+        ["/etc/containers/certs.d", "/etc/docker/certs.d"],
+        "Directories with certificates per registry.",
+        absolute_list,
+    )
+    auth_file: str = key(
+        "", "Credentials (docker config.json) used when a request has none.", absolute_or_empty
+    )
+    pause_image: str = key("", "Only for runtime handlers that need a sandbox container; empty: none.")
+    pinned_images: list[str] = key([], "Never removed by the kubelet: exact names, foo*, *foo*.")
+    max_manifest_bytes: int = key(4 * 1024 * 1024, "Largest manifest that is read.", at_least(4096))
+    max_config_bytes: int = key(8 * 1024 * 1024, "Largest image configuration that is read.", at_least(4096))
+    retries: int = key(5, "How often a broken download is resumed.", between(0, 100))
+    parallel_layers: int = key(3, "Layers of one image that are downloaded at the same time.", between(1, 64))
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    unpack_max_entries: int = key(1_000_000, "Most entries of one layer.", at_least(1))
+    unpack_max_bytes: int = key(64 * 1024**3, "Most bytes of one unpacked layer.", at_least(1))
+    unpack_max_ratio: int = key(1000, "Most unpacked bytes per compressed byte (over 1 MiB).", at_least(1))
+    unpack_uid: int = key(
+        0, "User that unpacks; 0: root with the few capabilities unpacking needs.", at_least(0)
+    )
+
+
+@dataclass(frozen=True)
+class PoolsConfig:
+    image: int = key(2, "Most image workers at a time.", between(1, 64))
+    stream: int = key(1, "Most stream workers at a time.", between(1, 64))
+
+
+@dataclass(frozen=True)
+class UsersConfig:
+    cri: str | int = key("", "Empty: bulkhead-cri if there is such a user, else uid 64101.", user)
+    image: str | int = key("", "Empty: bulkhead-image, else uid 64102.", user)
+    stream: str | int = key("", "Empty: bulkhead-stream, else uid 64103.", user)
+    ops: str | int = key("", "Empty: bulkhead-ops, else uid 64104.", user)
+    init: str | int = key("", "Of pod inits. Empty: bulkhead-init, else uid 64105.", user)
+
+
+@dataclass(frozen=True)
+class TimeoutsConfig:
+    container_create: float = key(240.0, "The OCI runtime's create.", at_least(1))
+    container_stop: float = key(30.0, "Grace of a stop whose request names none.", at_least(0))
+    pod_setup: float = key(300.0, "RunPodSandbox as a whole.", at_least(1))
+    network_setup: float = key(240.0, "CNI ADD of all plugins.", at_least(1))
+    network_teardown: float = key(60.0, "CNI DEL of all plugins.", at_least(1))
+    mount_source: float = key(30.0, "Looking at a host path that a container mounts.", at_least(1))
+    pull_idle: float = key(60.0, "A pull without progress.", at_least(1))
+    unpack: float = key(3600.0, "Unpacking one layer.", at_least(1))
+    registry_connect: float = key(10.0, "Connecting to a registry.", at_least(0.1))
+    registry_read: float = key(30.0, "Waiting for bytes of a registry.", at_least(0.1))
+    idle_exit: float = key(60.0, "An on-demand worker without work.", at_least(0.1))
+    worker_start: float = key(60.0, "From fork to a worker's hello.", at_least(0.1))
+    worker_stop: float = key(5.0, "Grace of a worker that is told to stop.", at_least(0))
+    worker_answer: float = key(20.0, "A worker that answers no ping for so long is killed.", at_least(0.2))
+    ping: float = key(5.0, "Between health pings.", at_least(0.1))
+
+
+@dataclass(frozen=True)
+class RestartConfig:
+    max_delay: float = key(30.0, "Longest wait before a worker is started again.", at_least(1))
+    reset_after: float = key(300.0, "Ready for so long, a worker's past is forgotten.", at_least(0))
+    failed_deaths: int = key(5, "So many deaths within failed_window mean FAILED.", at_least(2))
+    failed_window: float = key(60.0, "See failed_deaths.", at_least(1))
+    slow_retry: float = key(60.0, "Between tries of a FAILED worker.", at_least(1))
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    listen: str = key(
+        "", "Unix socket of /metrics, /workers, /info; empty: <run_root>/ops.sock.", absolute_or_empty
+    )
+
+
+@dataclass(frozen=True)
+class ContainersConfig:
+    default_capabilities: list[str] = key(
+        [
+            "CHOWN",
+            "DAC_OVERRIDE",
+            "FSETID",
+            "FOWNER",
+            "SETGID",
+            "SETUID",
+            "SETPCAP",
+            "NET_BIND_SERVICE",
+            "KILL",
+        ],
+        "Capabilities of a container that asks for no others.",
+        _CAPABILITY,
+    )
+    default_env: list[str] = key([], "NAME=VALUE; image and pod override it.", _ENV)
+    default_sysctls: dict[str, str] = key({}, "For pods that have the sysctl's namespace to themselves.")
+    default_ulimits: list[str] = key([], 'Such as "nofile=1024:2048".', _ULIMIT)
+    cgroup_parent: str = key(
+        "", "Parent of pods that name none; empty: a group of this instance.", absolute_or_empty
+    )
+
+
+@dataclass(frozen=True)
+class GrpcConfig:
+    max_message_bytes: int = key(
+        80 * 1024 * 1024, "Largest gRPC message, both ways.", at_least(4 * 1024 * 1024)
+    )
+    max_requests: int = key(256, "CRI requests served at a time.", between(8, 65536))
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    log_buffer: int = key(256 * 1024, "Bytes of output a monitor buffers per container.", at_least(4096))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything. Made by configfile.load, complete and checked."""
+
+    root: str = key("/var/lib/bulkhead", "Persistent state: images, layers, writable layers.", absolute)
+    run_root: str = key("/run/bulkhead", "State of this boot: sockets, pods, monitors.", absolute)
+    listen: str = key("", "The CRI socket; empty: <run_root>/bulkhead.sock.", absolute_or_empty)
+    log_level: str = key("info", "debug, info, warning or error. Live on reload.", one_of(*LEVELS))
+    cgroup_manager: str = key(
+        "auto", "systemd, cgroupfs, or auto: systemd where it is PID 1.", one_of(*CGROUP_MANAGERS)
+    )
+    default_runtime: str = key("", "Name in [runtimes]; empty: crun if it is there, else the first.")
+    runtimes: dict[str, RuntimeConfig] = key({}, "OCI runtimes by handler name; crun and runc need no entry.")
+    cni: CniConfig = table(CniConfig, "Pod networks.")
+    image: ImageConfig = table(ImageConfig, "Registries and pulls.")
+    storage: StorageConfig = table(StorageConfig, "Limits against hostile layers.")
+    containers: ContainersConfig = table(ContainersConfig, "What containers get by default.")
+    grpc: GrpcConfig = table(GrpcConfig, "The CRI server.")
+    monitor: MonitorConfig = table(MonitorConfig, "The process that each container has.")
+    pools: PoolsConfig = table(PoolsConfig, "Sizes of worker pools.")
+    users: UsersConfig = table(UsersConfig, "Who the workers are: a name or a number each, all different.")
+    timeouts: TimeoutsConfig = table(TimeoutsConfig, "All in seconds.")
+    restart: RestartConfig = table(RestartConfig, "When workers die.")
+    ops: OpsConfig = table(OpsConfig, "Metrics and inspection.")
+
+    def resolved(self) -> Config:
+        """Return the configuration with every derived value filled in."""
+        runtimes = _resolved_runtimes(self)
+        return dataclasses.replace(
+            self,
+            listen=self.listen or f"{self.run_root}/bulkhead.sock",
+            cgroup_manager=_cgroup_manager(self.cgroup_manager),
+            runtimes=runtimes,
+            default_runtime=self.default_runtime or next(iter(runtimes), ""),
+            cni=dataclasses.replace(self.cni, cache_dir=self.cni.cache_dir or f"{self.run_root}/net"),
+            ops=dataclasses.replace(self.ops, listen=self.ops.listen or f"{self.run_root}/ops.sock"),
+        )
+
+
+def _cgroup_manager(value: str) -> str:
+    if value != "auto":
+        return value
+    return "systemd" if os.path.isdir("/run/systemd/system") else "cgroupfs"
+
+
+def _resolved_runtimes(config: Config) -> dict[str, RuntimeConfig]:
+    """crun first, then runc, if they are there; then what is configured. A configured one always stays."""
+    found: dict[str, RuntimeConfig] = {}
+    for name in dict.fromkeys((*RUNTIME_NAMES, *config.runtimes)):
+        entry = config.runtimes.get(name, RuntimeConfig())
+        path = entry.path or shutil.which(name, path=SEARCH_PATH) or ""
+        if not path and name not in config.runtimes:
+            continue
+        root = entry.root or f"{config.run_root}/runtimes/{name}"
+        found[name] = RuntimeConfig(path=path or f"/usr/bin/{name}", root=root, args=list(entry.args))
+    return found

@@ -1,0 +1,59 @@
+"""Runs in: `bulkhead config`.
+
+Writes a configuration as TOML with the meaning of every key above it. What it writes, configfile reads back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from supervisor.config import Config, RuntimeConfig
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+\Z")
+
+
+def render(config: Config) -> str:
+    """Return the whole configuration as commented TOML."""
+    lines = [
+        "# Configuration of Bulkhead. Times are seconds. Lists in later files replace those of earlier ones.",
+        "",
+    ]
+    _keys(lines, config)
+    for declared in dataclasses.fields(config):
+        value = getattr(config, declared.name)
+        if declared.name == "runtimes":
+            _runtimes(lines, value)
+        elif dataclasses.is_dataclass(value):
+            lines += [f"# {declared.metadata['doc']}", f"[{declared.name}]"]
+            _keys(lines, value)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _runtimes(lines: list[str], runtimes: dict[str, RuntimeConfig]) -> None:
+    for name, runtime in runtimes.items():
+        lines.append(f"[runtimes.{name if _BARE.match(name) else json.dumps(name)}]")
+        _keys(lines, runtime)
+
+
+def _keys(lines: list[str], table: Any) -> None:
+    for declared in dataclasses.fields(table):
+        value = getattr(table, declared.name)
+        if dataclasses.is_dataclass(value) or declared.name == "runtimes":
+            continue
+        lines += [f"# {declared.metadata['doc']}", f"{declared.name} = {literal(value)}", ""]
+
+
+def literal(value: Any) -> str:
+    """Return a value as TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {literal(v)}" for k, v in value.items()) + "}"
+    return repr(value)

@@ -1,0 +1,219 @@
+"""Runs in: the supervisor.
+
+Facts of the node, probed once at start: kernel, cgroups, security modules, what the supervisor itself may do,
+and what each OCI runtime says of itself. Runtimes are asked by short-lived programs, started without waiting:
+until all have answered or were killed, `HostProbe.when_done` holds the question.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ipc.capabilities import NAMES, effective
+from ipc.log import Log
+from ipc.loop import Loop
+from ipc.messages.supervisor import HostInfo, RuntimeInfo
+from supervisor.cgroup import Hierarchies
+from supervisor.config import Config, RuntimeConfig
+from supervisor.reaper import Reaper
+from supervisor.spawn import spawn_program
+
+PROGRAM_TIMEOUT = 5.0
+OUTPUT_LIMIT = 256 * 1024
+OCI_VERSION_OLD = "1.0.2"  # what a runtime without `features` is known to take
+
+
+class Program:
+    """A short-lived program: its output is collected, it is killed when it takes too long."""
+
+    def __init__(
+        self, loop: Loop, reaper: Reaper, argv: list[str], done: Callable[[int, bytes], object]
+    ) -> None:
+        self._loop = loop
+        self._done = done
+        self._output = bytearray()
+        self._read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.pid = spawn_program(argv, write_fd)
+        except OSError:
+            os.close(self._read_fd)
+            raise
+        finally:
+            os.close(write_fd)
+        loop.add_reader(self._read_fd, self._readable)
+        self._timer = loop.call_later(PROGRAM_TIMEOUT, lambda: os.kill(self.pid, signal.SIGKILL))
+        reaper.watch(self.pid, self._ended)
+
+    def _readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            piece = os.read(self._read_fd, 65536)
+            if piece and len(self._output) < OUTPUT_LIMIT:
+                self._output += piece
+            elif not piece:
+                self._loop.remove_reader(self._read_fd)
+
+    def _ended(self, code: int) -> None:
+        self._timer.cancel()
+        self._readable()
+        self._loop.remove_reader(self._read_fd)
+        os.close(self._read_fd)
+        self._done(code, bytes(self._output))
+
+
+class HostProbe:
+    """Asks the runtimes, then knows a HostInfo."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        reaper: Reaper,
+        log: Log,
+        *,
+        config: Config,
+        hierarchies: Hierarchies,
+        degraded: list[str],
+    ) -> None:
+        self._loop = loop
+        self._reaper = reaper
+        self._log = log
+        self._waiting: list[Callable[[HostInfo], object]] = []
+        self._open = 0
+        self._versions: dict[str, str] = {}
+        self._features: dict[str, Mapping[str, Any]] = {}
+        self._config = config
+        self._info = static_info(config, hierarchies, degraded)
+
+    def start(self) -> None:
+        """Start every program."""
+        for name, runtime in self._config.runtimes.items():
+            self._ask(runtime, "--version", functools.partial(self._version, name))
+            self._ask(runtime, "features", functools.partial(self._feature, name))
+        self._maybe_done()
+
+    def when_done(self, callback: Callable[[HostInfo], object]) -> None:
+        """Call back with the facts, now or when the last program has ended."""
+        if self._open:
+            self._waiting.append(callback)
+        else:
+            callback(self._info)
+
+    def _ask(self, runtime: RuntimeConfig, word: str, done: Callable[[int, bytes], object]) -> None:
+        def ended(code: int, output: bytes) -> None:
+            self._open -= 1
+            done(code, output)
+            self._maybe_done()
+
+        try:
+            Program(self._loop, self._reaper, [runtime.path, *runtime.args, word], ended)
+            self._open += 1
+        except OSError as error:
+            self._log.warning("runtime cannot be asked", path=runtime.path, why=error.strerror)
+
+    def _version(self, name: str, code: int, output: bytes) -> None:
+        if code == 0:
+            self._versions[name] = version_of(output.decode("utf-8", "replace"))
+
+    def _feature(self, name: str, code: int, output: bytes) -> None:
+        with contextlib.suppress(ValueError):
+            parsed = json.loads(output) if code == 0 else None
+            if isinstance(parsed, dict):
+                self._features[name] = parsed
+
+    def _maybe_done(self) -> None:
+        if self._open:
+            return
+        self._info.runtimes = [
+            runtime_info(self._config, name, self._versions.get(name, ""), self._features.get(name))
+            for name in self._config.runtimes
+        ]
+        self._info.degraded += [
+            f"runtime {r.name}: {r.path} does not run" for r in self._info.runtimes if not r.version
+        ]
+        waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            callback(self._info)
+
+
+def version_of(output: str) -> str:
+    """Return the version in the first line of a runtime's --version."""
+    found = re.search(r"\d+\.\d+[^\s,]*", output.split("\n", 1)[0])
+    return found[0] if found else ""
+
+
+def runtime_info(config: Config, name: str, version: str, features: Mapping[str, Any] | None) -> RuntimeInfo:
+    """Make a RuntimeInfo of what the runtime printed (OCI runtime-spec, features.md)."""
+    info = RuntimeInfo(
+        name=name,
+        path=config.runtimes[name].path,
+        version=version,
+        default=name == config.default_runtime,
+        known=features is not None,
+        oci_version_max=OCI_VERSION_OLD,
+    )
+    if features is not None:
+        options = features.get("mountOptions")
+        info.recursive_read_only = isinstance(options, list) and "rro" in options
+        info.idmap = _dig(features, "linux", "mountExtensions", "idmap", "enabled") is True
+        newest = features.get("ociVersionMax")
+        info.oci_version_max = newest if isinstance(newest, str) else OCI_VERSION_OLD
+    return info
+
+
+def _dig(value: Any, *path: str) -> Any:
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def static_info(config: Config, hierarchies: Hierarchies, degraded: list[str]) -> HostInfo:
+    """Everything that files can tell."""
+    capabilities = [name for name in NAMES if name in effective()]
+    info = HostInfo(
+        cgroup_version=hierarchies.version,
+        cgroup_driver=config.cgroup_manager,
+        cgroup_controllers=list(hierarchies.controllers),
+        runtimes=[],
+        kernel=os.uname().release,
+        boot_id=boot_id(),
+        seccomp="Seccomp:" in _read("/proc/self/status"),
+        apparmor=_read("/sys/module/apparmor/parameters/enabled").strip() == "Y",
+        selinux=os.path.exists("/sys/fs/selinux/enforce"),
+        swap=len(_read("/proc/swaps").splitlines()) > 1,
+        oom_score_floor=oom_score_floor(capabilities),
+        capabilities=[f"CAP_{name}" for name in capabilities],
+        degraded=list(degraded),
+    )
+    if "SYS_RESOURCE" not in capabilities:
+        info.degraded.append(
+            "CAP_SYS_RESOURCE is missing: hard limits cannot be raised, OOM scores not lowered "
+            f"below {info.oom_score_floor}"
+        )
+    return info
+
+
+def oom_score_floor(capabilities: list[str]) -> int:
+    """Without CAP_SYS_RESOURCE a score below the lowest ever set (here: our own) is refused."""
+    if "SYS_RESOURCE" in capabilities:
+        return -1000
+    own = _read("/proc/self/oom_score_adj").strip()
+    return int(own) if own else 0
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot."""
+    return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""

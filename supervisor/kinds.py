@@ -1,0 +1,285 @@
+"""Runs in: the supervisor.
+
+One kind of worker: keeps as many processes of it as the table wants, starts on demand when a connection
+waits in the kernel's queue, lets a pool grow while it stays there, recycles, and asks the policy what
+to do after a death. It owns the kind's sockets, which outlive every one of its processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+
+import msgspec
+
+from ipc.loop import Timer
+from ipc.messages.supervisor import WorkerState
+from ipc.settings import Common
+from supervisor.policy import Policy, State, Verdict
+from supervisor.sandbox.spec import Identity
+from supervisor.sockets import Sockets
+from supervisor.table import Entry
+from supervisor.tally import Tally, describe
+from supervisor.worker import Events, Ground, Origin, Phase, Worker
+
+CROWDED_AFTER = 0.25  # seconds that a connection waits before a pool grows
+
+
+class Kind:
+    """Everything of one kind. `changed` is called when a process of it became ready or ended."""
+
+    def __init__(
+        self,
+        ground: Ground,
+        entry: Entry,
+        *,
+        identity: Identity,
+        settings: Common,
+        sockets: Sockets,
+        policy: Policy,
+        tally: Tally,
+        changed: Callable[[Kind], object],
+        bound: Callable[[str], object],
+    ) -> None:
+        self.entry = entry
+        self.identity = identity
+        self.workers: dict[int, Worker] = {}
+        self.restarts = 0
+        self.last_death = ""
+        self._ground = ground
+        self._settings = settings
+        self._sockets = sockets
+        self._policy = policy
+        self._tally = tally
+        self._changed = changed
+        self._events = Events(self._ready, self._ended, bound, self._health)
+        self._stopping = False
+        self._stopped: list[Callable[[], object]] = []
+        self._backoff: Timer | None = None
+        self._crowded: Timer | None = None
+        self._pinger: Timer | None = None
+
+    # -- starting -------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin: start what always runs, listen for the rest."""
+        self._ground.groups.make(self._ground.groups.worker(self.entry.kind), self.entry.limits)
+        self._fill()
+        self._ping_later()
+
+    @property
+    def ready(self) -> bool:
+        """True if nothing is missing: its minimum is ready."""
+        return sum(w.phase is Phase.READY for w in self.workers.values()) >= self.entry.minimum
+
+    @property
+    def failed(self) -> bool:
+        """True while the policy has given up on quick tries."""
+        return self._policy.state is State.FAILED
+
+    def _active(self) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.phase is not Phase.STOPPING]
+
+    def _fill(self) -> None:
+        if self._stopping or self._backoff is not None:
+            return
+        while len(self._active()) < self.entry.minimum and self._backoff is None:
+            self._spawn()
+        self._arm()
+
+    def _spawn(self) -> None:
+        origin = Origin(self.entry, self.identity, self._settings, self._sockets)
+        try:
+            worker = Worker.start(self._ground, origin, self._events)
+        except OSError as error:
+            self._ground.log.error("cannot fork", kind=self.entry.kind, why=error)
+            self._wait(self._policy.died())
+            return
+        self.workers[worker.pid] = worker
+        self._ground.log.info("worker started", kind=self.entry.kind, pid_of=worker.pid)
+
+    # -- on demand ------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Watch the sockets if a connection could need another process."""
+        active = self._active()
+        starting = any(worker.phase is Phase.STARTING for worker in active)
+        self._disarm()
+        if self._stopping or self._backoff is not None or starting or len(active) >= self.entry.maximum:
+            return
+        react = self._grow if active else self._demand
+        for sock in self._sockets.all():
+            self._ground.loop.add_reader(sock.fileno(), react)
+
+    def _disarm(self) -> None:
+        for sock in self._sockets.all():
+            self._ground.loop.remove_reader(sock.fileno())
+        if self._crowded is not None:
+            self._crowded.cancel()
+            self._crowded = None
+
+    def _demand(self) -> None:
+        self._disarm()
+        self._spawn()
+
+    def _grow(self) -> None:
+        """A connection waits; look again in a moment whether a worker took it."""
+        self._disarm()
+        self._crowded = self._ground.loop.call_later(CROWDED_AFTER, self._look_again)
+
+    def _look_again(self) -> None:
+        self._crowded = None
+        if self._sockets.waiting() and len(self._active()) < self.entry.maximum:
+            self._spawn()
+        else:
+            self._arm()
+
+    # -- what workers tell ----------------------------------------------------------------------------
+
+    def _ready(self, worker: Worker) -> None:
+        self._policy.ready()
+        for sentence in worker.report.degraded if worker.report else ():
+            self._ground.log.warning("sandbox degraded", kind=self.entry.kind, lacks=sentence)
+        self._ground.log.info("worker ready", kind=self.entry.kind, pid_of=worker.pid)
+        self._arm()
+        self._changed(self)
+
+    def _health(self, worker: Worker) -> None:
+        served = worker.health.counters.get("served", 0)
+        if self.entry.recycle and served >= self.entry.recycle and not self._stopping:
+            self._ground.log.info("worker recycled", kind=self.entry.kind, pid_of=worker.pid, served=served)
+            worker.stop(self._ground.timeouts.worker_stop)
+            self._fill()
+
+    def _ended(self, worker: Worker, code: int) -> None:
+        del self.workers[worker.pid]
+        asked = worker.phase is Phase.STOPPING or (self.entry.on_demand and code == 0)
+        if not self.workers:
+            self._kill_leftovers()
+        if asked and not worker.why:
+            self._ground.log.info("worker ended", kind=self.entry.kind, pid_of=worker.pid, code=code)
+        else:
+            self._died(worker, code)
+        self._changed(self)
+        if self._stopping:
+            self._maybe_stopped()
+        else:
+            self._fill()
+
+    def _died(self, worker: Worker, code: int) -> None:
+        self.last_death = describe(code, self._ground.loop.time() - worker.started)
+        self.restarts += 1
+        self._tally.add(self.entry.kind, worker.pid, self.last_death, worker.why)
+        verdict = self._policy.condemn() if worker.condemned else self._policy.died()
+        self._ground.log.error(
+            "worker died",
+            kind=self.entry.kind,
+            pid_of=worker.pid,
+            how=self.last_death,
+            why=worker.why,
+            state=verdict.state,
+            delay=round(verdict.delay, 2),
+        )
+        self._wait(verdict)
+
+    def _wait(self, verdict: Verdict) -> None:
+        if verdict.delay and not self._stopping:
+            self._disarm()
+            if self._backoff is not None:
+                self._backoff.cancel()
+            self._backoff = self._ground.loop.call_later(verdict.delay, self._wait_is_over)
+
+    def _wait_is_over(self) -> None:
+        self._backoff = None
+        self._fill()
+
+    def _kill_leftovers(self) -> None:
+        """Children of the last worker (a plugin, an unpack) end with it, even those that left its session."""
+        groups = self._ground.groups
+        group = groups.worker(self.entry.kind)
+        for pid in groups.pids(group) - {os.getpid()}:
+            self._ground.log.warning("leftover killed", kind=self.entry.kind, pid_of=pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    # -- health ---------------------------------------------------------------------------------------
+
+    def _ping_later(self) -> None:
+        self._pinger = self._ground.loop.call_later(self._ground.timeouts.ping, self._ping_all)
+
+    def _ping_all(self) -> None:
+        for worker in list(self.workers.values()):
+            worker.ping()
+        self._ping_later()
+
+    def ask_all(self, done: Callable[[], object], timeout: float) -> None:
+        """Ask every process for fresh health; `done` is called once per process."""
+        for worker in list(self.workers.values()):
+            worker.ping(done, timeout)
+
+    # -- changing and ending --------------------------------------------------------------------------
+
+    def reload(self, settings: Common) -> None:
+        """Take new settings, for those that run and those that come."""
+        if settings == self._settings:
+            return
+        self._settings = settings
+        data = msgspec.msgpack.encode(settings)
+        for worker in self._active():
+            worker.reload(data)
+
+    def restart(self, done: Callable[[], object]) -> None:
+        """End every process in order and start anew, the past forgiven; `done` when the old ones are gone."""
+        self._policy.pardon()
+        self.restarts += len(self.workers)
+        self.stop(lambda: self._begin_anew(done))
+
+    def _begin_anew(self, done: Callable[[], object]) -> None:
+        self._stopping = False
+        self._fill()
+        self._ping_later()
+        done()
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """End every process in order; `done` when all are gone."""
+        self._stopping = True
+        self._disarm()
+        for timer in (self._backoff, self._pinger):
+            if timer is not None:
+                timer.cancel()
+        self._backoff = self._pinger = None
+        self._stopped.append(done)
+        for worker in self.workers.values():
+            worker.stop(self._ground.timeouts.worker_stop)
+        self._maybe_stopped()
+
+    def _maybe_stopped(self) -> None:
+        if not self.workers:
+            callbacks, self._stopped = self._stopped, []
+            for callback in callbacks:
+                self._ground.loop.call_soon(callback)
+
+    def close(self) -> None:
+        """Close the sockets and remove their paths, when everything has ended."""
+        self._sockets.close()
+
+    # -- telling --------------------------------------------------------------------------------------
+
+    def states(self) -> list[WorkerState]:
+        """A row per process, or one that says why there is none."""
+        rows = [worker.state() for worker in self.workers.values()] or [self._no_process()]
+        for row in rows:
+            row.restarts = self.restarts
+            row.last_death = self.last_death
+        return rows
+
+    def _no_process(self) -> WorkerState:
+        if self.failed:
+            state = "failed"
+        elif self._backoff is not None:
+            state = "backoff"
+        else:
+            state = "idle"
+        return WorkerState(kind=self.entry.kind, name=self.entry.kind, state=state, uid=self.identity.uid)

@@ -1,0 +1,163 @@
+"""Runs in: the supervisor.
+
+The end of everybody's log: a datagram socket whose packets are lines, written to standard error. It owns
+`<run_root>/ipc/log.sock`. It parses nothing: it adds the sender's pid, which the kernel vouches for, takes
+control characters out, and bounds every process to a rate, so that a worker gone mad fills no disk. When
+standard error takes no more, lines are dropped and counted; the supervisor never waits for a reader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from ipc.log import LINE_LIMIT, Log
+from ipc.loop import Loop
+
+RATE = 200.0  # lines a second and process
+BURST = 2000.0
+_PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
+_TURN = 64  # packets before the loop gets its turn
+_SENDERS = 4096  # processes remembered
+_CREDENTIALS = struct.Struct("iII")
+#: Everything below space, and DEL, becomes "?": one packet is one line.
+_CLEAN = bytes(c if c >= 32 and c != 127 else ord("?") for c in range(256))
+
+
+@dataclass
+class Bucket:
+    """A token bucket: `tokens` lines may still be written at time `at`."""
+
+    tokens: float
+    at: float
+    suppressed: int = 0
+
+    def take(self, now: float) -> bool:
+        """Take a token if there is one, else count."""
+        self.tokens = min(BURST, self.tokens + (now - self.at) * RATE)
+        self.at = now
+        if self.tokens < 1.0:
+            self.suppressed += 1
+            return False
+        self.tokens -= 1.0
+        return True
+
+
+class LogSink:
+    """The socket and what it writes to. `uids` may log; others' packets are ignored."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: str,
+        uids: Collection[int],
+        *,
+        out_fd: int = 2,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.dropped = 0
+        self._loop = loop
+        self._uids = frozenset(uids) | {0}
+        self._out_fd = out_fd
+        self._clock = clock
+        self._buckets: dict[int, Bucket] = {}
+        self._sock = _bind(path)
+        loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_TURN):
+                data, ancillary, _, _ = self._sock.recvmsg(
+                    LINE_LIMIT, socket.CMSG_SPACE(_CREDENTIALS.size), socket.MSG_CMSG_CLOEXEC
+                )
+                self._received(data, ancillary)
+
+    def _received(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                pid, uid, _ = _CREDENTIALS.unpack(raw[: _CREDENTIALS.size])
+                if uid in self._uids:
+                    self.line(pid, data)
+
+    def line(self, pid: int, data: bytes) -> None:
+        """Write one line of process `pid`, if its rate allows."""
+        bucket = self._bucket(pid)
+        if not bucket.take(self._clock()):
+            return
+        line = data.translate(_CLEAN) + b" pid=%d" % pid
+        if bucket.suppressed:
+            line += b" lines_suppressed=%d" % bucket.suppressed
+            bucket.suppressed = 0
+        self._write(line + b"\n")
+
+    def _bucket(self, pid: int) -> Bucket:
+        bucket = self._buckets.get(pid)
+        if bucket is None:
+            if len(self._buckets) >= _SENDERS:
+                self._buckets.pop(next(iter(self._buckets)))
+            bucket = self._buckets[pid] = Bucket(BURST, self._clock())
+        return bucket
+
+    def _write(self, line: bytes) -> None:
+        if not write_line(self._out_fd, line):
+            self.dropped += 1
+
+    def forget(self, pid: int) -> None:
+        """The process is gone; its number may come again."""
+        self._buckets.pop(pid, None)
+
+    def close(self) -> None:
+        """Write what is still there, then stop listening. The path stays for the next supervisor."""
+        self._readable()
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+
+
+class SupervisorLog(Log):
+    """The supervisor's own log: straight to standard error, by the same rule."""
+
+    def __init__(self, level: str) -> None:
+        super().__init__("supervisor", level=level)
+
+    def emit(self, line: str) -> None:
+        """Write one line; count it when standard error takes no more."""
+        if write_line(2, line.encode("utf-8", "replace") + b"\n"):
+            self.dropped = 0
+        else:
+            self.dropped += 1
+
+
+def write_line(fd: int, line: bytes) -> bool:
+    """Write a line as far as nobody has to wait for it. False if something is missing."""
+    return all(
+        _writable(fd) and _write(fd, line[start : start + _PIECE]) for start in range(0, len(line), _PIECE)
+    )
+
+
+def _bind(path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    sock.bind(path)
+    os.chmod(path, 0o666)  # noqa: S103 - who may log is decided by the sender's uid
+    return sock
+
+
+def _writable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _write(fd: int, data: bytes) -> bool:
+    try:
+        return os.write(fd, data) == len(data)
+    except OSError:
+        return False  # the reader is gone, or the disk is full: nobody to tell

@@ -1,0 +1,142 @@
+"""Runs in: the supervisor.
+
+Forks the monitor of a container and forgets it: from then on it belongs to nobody. Directory, lock and
+listening socket are made before the fork, so that whoever asked may connect as soon as he has the answer.
+It owns `<run_root>/monitors/`, but for what a monitor writes into its own directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Callable
+
+from ipc import channel
+from ipc.errors import precondition
+from ipc.log import Log
+from ipc.messages.supervisor import MonitorState
+from ipc.settings import MonitorSettings
+from supervisor import held, spawn
+from supervisor.sandbox.spec import Identity
+from supervisor.table import Entry
+from supervisor.tally import Tally, describe
+from supervisor.worker import Ground
+
+SHORT_ID = 12
+
+
+class Monitors:
+    """All of them."""
+
+    def __init__(
+        self,
+        ground: Ground,
+        entry: Entry,
+        settings: Callable[[], MonitorSettings],
+        cri: Identity,
+        tally: Tally,
+    ) -> None:
+        self._ground = ground
+        self._entry = entry
+        self._settings = settings
+        self._cri = cri
+        self._tally = tally
+        self._root = f"{settings().run_root}/monitors"
+
+    def start(self, container_id: str, pod_id: str) -> int:
+        """Return the pid of the container's monitor, forked now if none lives.
+
+        Raises RemoteError, OSError.
+        """
+        directory = self._directory(container_id)
+        held.check_id(pod_id, "pod")
+        if os.path.lexists(f"{directory}/exit.json"):
+            raise precondition(f"container {container_id} has an exit record: it ended")
+        os.makedirs(directory, mode=0o750, exist_ok=True)
+        os.chown(directory, 0, self._cri.gid)
+        os.chmod(directory, 0o750)  # noqa: S103 - cri, and nobody else, may reach ctl.sock
+        lock_fd = held.acquire(directory)
+        if lock_fd is None:
+            return held.holder(directory)
+        try:
+            return self._fork(container_id, pod_id, directory, lock_fd)
+        finally:
+            os.close(lock_fd)
+
+    def _directory(self, container_id: str) -> str:
+        return f"{self._root}/{held.check_id(container_id, 'container')}"
+
+    def _fork(self, container_id: str, pod_id: str, directory: str, lock_fd: int) -> int:
+        with channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid) as listener:
+            job = self._job(container_id, pod_id, directory, lock_fd, listener)
+            child = spawn.fork(self._ground.loop, job)
+        started = self._ground.loop.time()
+        self._ground.reaper.watch(child.pid, lambda code: self._ended(container_id, child.pid, started, code))
+        held.write_holder(lock_fd, child.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self._ground.groups.make(self._ground.groups.monitors)
+            self._ground.groups.enter(self._ground.groups.monitors, child.pid)
+        child.open_gate()
+        self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=child.pid)
+        return child.pid
+
+    def _job(
+        self, container_id: str, pod_id: str, directory: str, lock_fd: int, listener: socket.socket
+    ) -> spawn.Job:
+        settings = self._settings()
+        log = Log(
+            f"monitor {container_id[:SHORT_ID]}", sink=self._ground.log_socket, level=settings.log_level
+        )
+        context = spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log)
+
+        def work() -> None:
+            spawn.run_monitor(
+                self._entry.module,
+                context,
+                container_id=container_id,
+                pod_id=pod_id,
+                directory=directory,
+                lock_fd=lock_fd,
+                listener=listener,
+            )
+
+        return spawn.Job(
+            title=f"bulkhead: monitor {container_id[:SHORT_ID]}",
+            work=work,
+            log=log,
+            keep=[lock_fd, listener.fileno()],
+            dies_with_parent=False,  # it lives exactly as long as its container
+        )
+
+    def _ended(self, container_id: str, pid: int, started: float, code: int) -> None:
+        self._ground.sink.forget(pid)
+        if code == 0:
+            self._ground.log.info("monitor ended", container=container_id, pid_of=pid)
+            return
+        sentence = describe(code, self._ground.loop.time() - started)
+        self._tally.add("monitor", pid, f"{container_id}: {sentence}")
+        self._ground.log.error("monitor died", container=container_id, pid_of=pid, how=sentence)
+
+    def remove(self, container_id: str) -> None:
+        """Remove the directory of a monitor that has ended; absent is success.
+
+        Raises RemoteError, OSError.
+        """
+        directory = self._directory(container_id)
+        if held.is_held(directory):
+            raise precondition(f"the monitor of container {container_id} lives")
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory)
+
+    def states(self) -> list[MonitorState]:
+        """Every directory, and whether its lock is held."""
+        found = []
+        for name in held.names(self._root):
+            directory = f"{self._root}/{name}"
+            alive = held.is_held(directory)
+            found.append(
+                MonitorState(container_id=name, alive=alive, pid=held.holder(directory) if alive else 0)
+            )
+        return found

@@ -1,0 +1,81 @@
+"""Runs in: the init of a pod that shares its PID namespace, first process of that namespace.
+
+Forked twice: the first child makes the PID namespace and ends, the second is process 1 in it. That one has
+an empty root, no capability, a user of its own and a short list of system calls; it reaps whatever is
+orphaned in the pod and waits for SIGTERM. It holds a lock, by which a later supervisor finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+
+import setproctitle
+
+from ipc import confine, kernel, log
+from ipc import syscall_groups as calls
+from ipc.seccomp import Policy
+from supervisor.sandbox.spec import Identity
+
+SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
+OOM_SCORE = -998  # as the pause container it replaces: the pod's own processes go first
+
+_CALLS = (
+    "wait4 waitid rt_sigtimedwait rt_sigprocmask rt_sigaction rt_sigreturn restart_syscall exit exit_group "
+    "munmap madvise brk mremap futex getpid gettid clock_gettime clock_nanosleep write close close_range"
+)
+POLICY = Policy(
+    name="init", allowed=frozenset(_CALLS.split()), conditional={"mmap": calls.CONDITIONAL["mmap"]}
+)
+
+
+def launch(title: str, identity: Identity, empty: str, *, lock_fd: int, gate_fd: int, result_fd: int) -> None:
+    """In the first child: make the namespace, fork its first process, tell its pid. Raises OSError."""
+    kernel.unshare(kernel.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        _first_process(title, identity, empty, lock_fd=lock_fd, gate_fd=gate_fd, result_fd=result_fd)
+    os.write(result_fd, f"{pid}\n".encode())
+
+
+def _first_process(
+    title: str, identity: Identity, empty: str, *, lock_fd: int, gate_fd: int, result_fd: int
+) -> None:
+    status = 1
+    try:
+        os.close(result_fd)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        setproctitle.setproctitle(title)
+        opened = os.read(gate_fd, 1) == b"\n"
+        os.close(gate_fd)
+        if opened:
+            with contextlib.suppress(OSError):
+                log.get().connect()  # while its path can be reached
+            _confine(identity, empty)
+            os.closerange(3, lock_fd)
+            os.closerange(lock_fd + 1, 1 << 10)
+            _reap_for_ever()
+            status = 0
+    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+        log.get().bug("pod init ended by a bug", error)
+    finally:
+        os._exit(status)
+
+
+def _confine(identity: Identity, empty: str) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(str(OOM_SCORE))  # without CAP_SYS_RESOURCE it keeps the supervisor's
+    os.chdir(empty)
+    os.chroot(".")
+    confine.become(identity.uid, identity.gid, (), ())
+    confine.no_new_privileges()
+    confine.filter_calls(POLICY)
+
+
+def _reap_for_ever() -> None:
+    """Reap until SIGTERM or SIGINT. The signals are blocked, so none is lost between two turns."""
+    while signal.sigwait(SIGNALS) == signal.SIGCHLD:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass

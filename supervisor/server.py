@@ -1,0 +1,344 @@
+"""Runs in: the supervisor.
+
+The assembly: makes what must stand, binds, preloads, forks the workers of the table, and from then on reacts:
+to signals, to requests, to deaths. It tells the service manager when the CRI socket is in place. On SIGTERM
+the workers end in the table's order; monitors and pod inits stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from ipc.log import LEVELS
+from ipc.loop import Loop
+from ipc.messages.supervisor import WorkerState
+from ipc.serve import Server
+from ipc.settings import MonitorSettings
+from supervisor import cgroup, directories, hostinfo, spawn
+from supervisor.config import Config
+from supervisor.configfile import ConfigError
+from supervisor.inits import Inits
+from supervisor.kinds import Kind
+from supervisor.logsink import LogSink, SupervisorLog
+from supervisor.monitors import Monitors
+from supervisor.notify import Notifier
+from supervisor.policy import Policy, Rules
+from supervisor.reaper import Reaper
+from supervisor.requests import Requests
+from supervisor.settings import (
+    Derivation,
+    bind_directory,
+    default_cgroup_parent,
+    identities,
+    sandbox_paths,
+    uids,
+)
+from supervisor.sockets import Sockets, bind, listen, publish
+from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
+from supervisor.tally import Tally
+from supervisor.worker import Ground
+
+#: Keys that a reload cannot change.
+FIXED = ("root", "run_root", "listen", "cgroup_manager", "users", "pools", "restart", "ops")
+SILENCE = 3  # a cri that is not killed although it is silent for so many limits: the watchdog may bite
+
+
+Reread = Callable[[], Config]
+
+
+class Supervisor:
+    """One instance. `reread` returns a configuration read anew, or raises ConfigError."""
+
+    def __init__(self, config: Config, notifier: Notifier, reread: Reread, table: Table = TABLE) -> None:
+        self.config = config
+        self.table = {kind: _sized(entry, config) for kind, entry in table.items()}
+        self.who = identities(config.users, table)
+        self.log = SupervisorLog(config.log_level)
+        self.loop = Loop()
+        self.kinds: dict[str, Kind] = {}
+        self._notifier = notifier
+        self._reread = reread
+        self._locks = directories.Locks()
+        self._derivation = Derivation(config, self.who)
+        self._started_at_ns = time.time_ns()
+        self._published = "cri" not in self.table
+        self._told_ready = False
+        self._stopping = False
+
+    # -- coming up ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Come up, serve until SIGTERM, go down. Raises InstanceRunning, OSError."""
+        directories.prepare_roots(self.config)
+        for directory in (self.config.root, self.config.run_root):
+            self._locks.take(directory)
+        os.umask(0o022)
+        os.chdir("/")
+        self._assemble()
+        self._start()
+        self.loop.run()
+        self._down()
+
+    def _assemble(self) -> None:
+        config = self.config
+        rebooted = directories.prepare(config, self.who)
+        self.log.info("supervisor starts", pid_of=os.getpid(), run_root=config.run_root, rebooted=rebooted)
+        hierarchies = cgroup.detect()
+        instance = cgroup.instance_name(config.run_root)
+        self.groups = cgroup.Groups(hierarchies, instance, cgroup.delegated_base(hierarchies))
+        for kind in self.groups.sweep(self._worker_kinds()):
+            self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
+        self.groups.prepare()
+        self.sink = LogSink(self.loop, f"{config.run_root}/ipc/log.sock", uids(self.who))
+        self.reaper = Reaper(self.loop, self.log)
+        self.reaper.become_subreaper()
+        self.tally = Tally(f"{config.run_root}/tally")
+        self.ground = Ground(
+            loop=self.loop,
+            log=self.log,
+            sink=self.sink,
+            reaper=self.reaper,
+            groups=self.groups,
+            timeouts=config.timeouts,
+            paths=sandbox_paths(config),
+            log_socket=f"{config.run_root}/ipc/log.sock",
+        )
+        self._make_parts(hierarchies)
+
+    def _make_parts(self, hierarchies: cgroup.Hierarchies) -> None:
+        cri = self.who.get("cri", self.who["monitor"])
+        self.monitors = Monitors(self.ground, self.table["monitor"], self._monitor_settings, cri, self.tally)
+        parent = default_cgroup_parent(self.config)
+        self.inits = Inits(self.ground, self.who["init"], self.config.run_root, parent)
+        self.kinds = {kind: self._make_kind(self.table[kind]) for kind in self._worker_kinds()}
+        self.probe = hostinfo.HostProbe(
+            self.loop,
+            self.reaper,
+            self.log,
+            config=self.config,
+            hierarchies=hierarchies,
+            degraded=self.groups.degraded,
+        )
+        self.server = Server(self.loop, Requests(self).table(), uids(self.who), log=self.log)
+
+    def _make_kind(self, entry: Entry) -> Kind:
+        return Kind(
+            self.ground,
+            entry,
+            identity=self.who[entry.kind],
+            settings=self._derivation.of(entry.kind),
+            sockets=self._bind(entry),
+            policy=Policy(_rules(self.config), time.monotonic, random.random),
+            tally=self.tally,
+            changed=lambda _kind: self._changed(),
+            bound=self._bound,
+        )
+
+    def _bind(self, entry: Entry) -> Sockets:
+        path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
+        return bind(entry, path, self.who, {"http": self.config.ops.listen})
+
+    def _worker_kinds(self) -> list[str]:
+        return [entry.kind for entry in self.table.values() if entry.is_worker]
+
+    def _monitor_settings(self) -> MonitorSettings:
+        return cast(MonitorSettings, self._derivation.of("monitor"))
+
+    def _start(self) -> None:
+        self._catch_signals()
+        for entry in self.table.values():
+            if entry.preload:
+                importlib.import_module(entry.module)
+        spawn.freeze()
+        listener = listen(
+            f"{self.config.run_root}/ipc/supervisor.sock",
+            sorted(self.who[kind].uid for kind in SUPERVISOR_CALLERS if kind in self.who),
+        )
+        self._listener = listener
+        self.server.listen(listener)
+        directories.empty(bind_directory(self.config))
+        for kind in self.kinds.values():
+            kind.start()
+        self.probe.start()
+        for sentence in self.groups.degraded:
+            self.log.warning("degraded", lacks=sentence)
+        if self._notifier.watchdog:
+            self._beat()
+        self._changed()
+
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGHUP, self._reload)
+        self.loop.on_signal(signal.SIGUSR1, self._dump)
+
+    # -- telling the service manager --------------------------------------------------------------------
+
+    def _bound(self, path: str) -> None:
+        """cri has bound its socket: give it its public name."""
+        publish(path, bind_directory(self.config), self.config.listen)
+        self._published = True
+        self.log.info("CRI socket in place", path=self.config.listen)
+        self._changed()
+
+    def _changed(self) -> None:
+        ready = sum(kind.ready for kind in self.kinds.values())
+        failed = [kind.entry.kind for kind in self.kinds.values() if kind.failed]
+        status = f"{ready} of {len(self.kinds)} kinds of worker ready"
+        if failed:
+            status += f"; failed: {', '.join(failed)}"
+        if self._stopping:
+            return
+        self._notifier.send(STATUS=status)
+        if not self._told_ready and self._published and ready == len(self.kinds):
+            self._told_ready = True
+            self._notifier.send(READY="1", MAINPID=str(os.getpid()))
+            self.log.info(
+                "ready", status=status, after_ms=(time.time_ns() - self._started_at_ns) // 1_000_000
+            )
+
+    def _beat(self) -> None:
+        """The watchdog's beat: this loop turns, and a cri that is silent would have been killed."""
+        cri = self.kinds.get("cri")
+        limit = SILENCE * self.config.timeouts.worker_answer
+        answered = [w.answered for w in cri.workers.values() if w.answered is not None] if cri else []
+        if not answered or self.loop.time() - max(answered) < limit:
+            self._notifier.send(WATCHDOG="1")
+        self.loop.call_later(self._notifier.watchdog / 2, self._beat)
+
+    def states(self) -> list[WorkerState]:
+        """Every process, the supervisor first, monitors last."""
+        own = WorkerState(
+            kind="supervisor",
+            name="supervisor",
+            state="stopping" if self._stopping else "ready",
+            pid=os.getpid(),
+            started_at_ns=self._started_at_ns,
+        )
+        workers = [row for kind in self.kinds.values() for row in kind.states()]
+        return [own, *workers, *self._outliving()]
+
+    def _outliving(self) -> Iterable[WorkerState]:
+        for init in self.inits.states():
+            state = "ready" if init.alive else "idle"
+            yield WorkerState(
+                kind="init", name=f"init {init.pod_id}", state=state, pid=init.pid, uid=self.who["init"].uid
+            )
+        for monitor in self.monitors.states():
+            state = "ready" if monitor.alive else "idle"
+            yield WorkerState(
+                kind="monitor", name=f"monitor {monitor.container_id}", state=state, pid=monitor.pid
+            )
+
+    def _dump(self) -> None:
+        """SIGUSR1: the whole state into the log."""
+        for row in self.states():
+            self.log.info(
+                "state",
+                name=row.name,
+                state=row.state,
+                pid_of=row.pid,
+                restarts=row.restarts,
+                requests=len(row.requests),
+                last_death=row.last_death,
+            )
+        self.log.info("counts", log_lines_dropped=self.sink.dropped, objects=len(gc.get_objects()))
+
+    # -- reload ---------------------------------------------------------------------------------------
+
+    def _reload(self) -> None:
+        """SIGHUP: read the configuration anew. A fault leaves everything as it was."""
+        self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
+        try:
+            config = self._reread()
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                self.log.error("configuration not reloaded", fault=line)
+        else:
+            self._take(config)
+        self._notifier.send(READY="1")
+
+    def _take(self, config: Config) -> None:
+        for name in FIXED:
+            if getattr(config, name) != getattr(self.config, name):
+                self.log.warning("this key takes a restart", key=name)
+        config = _with(config, self.config, FIXED)
+        self.config = config
+        self.log.level = LEVELS[config.log_level]
+        self._derivation = Derivation(config, self.who)
+        for kind in self.kinds.values():
+            kind.reload(self._derivation.of(kind.entry.kind))
+        self.log.info("configuration reloaded")
+
+    # -- going down -----------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """SIGTERM: end the workers in the table's order, then leave."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self._notifier.send(STOPPING="1", STATUS="workers are stopping; containers stay")
+        self.log.info("supervisor stops")
+        orders = sorted({kind.entry.stop_order for kind in self.kinds.values()})
+        self._stop_next(orders)
+
+    def _stop_next(self, orders: list[int]) -> None:
+        if not orders:
+            self.loop.stop()
+            return
+        stage = [kind for kind in self.kinds.values() if kind.entry.stop_order == orders[0]]
+        left = len(stage)
+
+        def one_stopped() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._stop_next(orders[1:])
+
+        for kind in stage:
+            kind.stop(one_stopped)
+
+    def _down(self) -> None:
+        """Leave nothing behind but what containers need."""
+        self.server.close()
+        self._listener.close()
+        for kind in self.kinds.values():
+            kind.close()
+        self.groups.release(self._worker_kinds())
+        for path in (self.config.listen, f"{self.config.run_root}/ipc/supervisor.sock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self.log.info("supervisor ends")
+        self.sink.close()
+        self._locks.release()
+
+
+def _sized(entry: Entry, config: Config) -> Entry:
+    """Give a pool its configured size."""
+    maximum = getattr(config.pools, entry.kind, entry.maximum)
+    return dataclasses.replace(entry, maximum=max(maximum, entry.minimum))
+
+
+def _rules(config: Config) -> Rules:
+    restart = config.restart
+    return Rules(
+        max_delay=restart.max_delay,
+        reset_after=restart.reset_after,
+        failed_deaths=restart.failed_deaths,
+        failed_window=restart.failed_window,
+        slow_retry=restart.slow_retry,
+    )
+
+
+def _with(config: Config, old: Config, names: Iterable[str]) -> Config:
+    """`config` with some keys of `old`."""
+    return dataclasses.replace(config, **{name: getattr(old, name) for name in names})

@@ -1,0 +1,247 @@
+"""Runs in: the supervisor, and for the first moments in each of its children.
+
+The one place where the supervisor forks. A child resets what it inherited, closes what it was not given, and
+waits at a start gate until the parent has put it into its cgroup; it never runs the parent's cleanup and
+leaves only through os._exit. It refuses to fork if there is more than one task in the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import setproctitle
+
+from ipc import kernel
+from ipc import log as ipc_log
+from ipc.log import Log
+from ipc.loop import Loop
+from ipc.messages.supervisor import SandboxReport
+from ipc.settings import Common
+from supervisor.sandbox.spec import Identity
+from supervisor.table import Entry
+
+BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
+GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
+
+#: Sockets and other things a child keeps beyond 0, 1, 2.
+Descriptors = Collection[int]
+
+
+@dataclass
+class Child:
+    """A child at the start gate."""
+
+    pid: int
+    gate_fd: int
+
+    def open_gate(self) -> None:
+        """Let it go on. No error if it died meanwhile."""
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.gate_fd, b"\n")
+        os.close(self.gate_fd)
+
+
+@dataclass
+class WorkerContext:
+    """What a monitor is handed: the same fields as workers.boot.Context, without the imports of boot, which
+    the supervisor must not load."""
+
+    kind: str
+    settings: Common
+    log: Log
+    listener: socket.socket | None = None
+    control: socket.socket | None = None
+    extra: dict[str, socket.socket] = field(default_factory=dict)
+    report: SandboxReport = field(default_factory=lambda: SandboxReport(uid=0, gid=0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fork. `work` runs in the child after the gate; returning is a clean exit.
+
+    `log`: the child's own. `keep`: descriptors it keeps. `stderr_fd`: where its standard error goes, None for
+    /dev/null. `dies_with_parent`: SIGKILL when the supervisor dies.
+    """
+
+    title: str
+    work: Callable[[], object]
+    log: Log
+    keep: Descriptors = ()
+    stderr_fd: int | None = None
+    dies_with_parent: bool = True
+
+
+def freeze() -> None:
+    """Once, after every module that children share is loaded: no collection touches their pages again."""
+    gc.collect()
+    gc.freeze()
+
+
+def tasks() -> int:
+    """Return the number of tasks (threads) of this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def fork(loop: Loop, job: Job) -> Child:
+    """Fork a child that waits at its gate. Raises OSError if there can be no child."""
+    assert tasks() == 1, "the supervisor must have one task when it forks"
+    gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(gate_read)
+        os.close(gate_write)
+        raise
+    if pid == 0:
+        _child(loop, job, gate_read, parent)
+    os.close(gate_read)
+    return Child(pid, gate_write)
+
+
+def _child(loop: Loop, job: Job, gate_fd: int, parent: int) -> None:
+    status = BUG_STATUS
+    try:
+        _reset_signals()
+        loop.abandon()
+        _redirect(job.stderr_fd)
+        close_all_but({0, 1, 2, gate_fd, *job.keep})
+        os.setsid()
+        setproctitle.setproctitle(job.title)
+        ipc_log.set_log(job.log)
+        if job.dies_with_parent:
+            kernel.die_with_parent(signal.SIGKILL, parent)
+        if job.stderr_fd is not None:
+            faulthandler.enable(2)  # SIGABRT of a worker that hangs shows where
+        status = GATE_STATUS
+        if _pass_gate(gate_fd):
+            status = BUG_STATUS
+            job.work()
+            status = 0
+    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+        job.log.bug("process ended by a bug", error)
+    finally:
+        os._exit(status)
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
+        if signal.getsignal(number) not in {signal.SIG_DFL, signal.SIG_IGN, None}:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _redirect(stderr_fd: int | None) -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(null if stderr_fd is None else stderr_fd, 2)
+
+
+def close_all_but(keep: Collection[int]) -> None:
+    """Close every descriptor but these; close-on-exec means nothing without exec."""
+    low = 0
+    for fd in sorted(keep):
+        if low < fd:  # closerange(0, 0) would close everything: CPython passes -1 on as the last one
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 20)
+
+
+def _pass_gate(gate_fd: int) -> bool:
+    opened = os.read(gate_fd, 1) == b"\n"
+    os.close(gate_fd)
+    return opened
+
+
+# -- what children do ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """Everything a worker is made of."""
+
+    entry: Entry
+    settings: Common
+    identity: Identity
+    paths: Mapping[str, str]
+    log: Log
+    control: socket.socket
+    listener: socket.socket | None = None
+    extra: Mapping[str, socket.socket] = field(default_factory=dict)
+
+    def descriptors(self) -> list[int]:
+        """What the worker keeps."""
+        sockets = [self.control, *self.extra.values(), *([self.listener] if self.listener else [])]
+        return [sock.fileno() for sock in sockets]
+
+
+def run_worker(plan: WorkerPlan) -> None:
+    """A worker's life, in the child: imports, sandbox, its module's run (workers/boot.py)."""
+    boot = importlib.import_module("workers.boot")
+    module = importlib.import_module(plan.entry.module)
+    context = boot.Context(
+        kind=plan.entry.kind,
+        settings=plan.settings,
+        log=plan.log,
+        listener=plan.listener,
+        control=plan.control,
+        extra=dict(plan.extra),
+    )
+    boot.main(module, context, lambda: _enter(plan))
+
+
+def _enter(plan: WorkerPlan) -> SandboxReport:
+    # The log must be connected while its path can still be reached.
+    with contextlib.suppress(OSError):
+        plan.log.connect()
+    if plan.entry.sandbox is None:
+        return SandboxReport(uid=os.getuid(), gid=os.getgid(), groups=os.getgroups())
+    from supervisor.sandbox import enter
+
+    return enter(plan.entry.sandbox, plan.identity, plan.paths)
+
+
+def run_monitor(
+    module: str,
+    context: WorkerContext,
+    *,
+    container_id: str,
+    pod_id: str,
+    directory: str,
+    lock_fd: int,
+    listener: socket.socket,
+) -> None:
+    """A monitor's life, in the child. Its module is loaded already."""
+    importlib.import_module(module).run(
+        context,
+        container_id=container_id,
+        pod_id=pod_id,
+        directory=directory,
+        lock_fd=lock_fd,
+        listener=listener,
+    )
+
+
+def spawn_program(argv: list[str], output_fd: int) -> int:
+    """Start a program with its output into a descriptor and nothing else open. Returns its pid.
+
+    Raises OSError. The parent's descriptors are all close-on-exec.
+    """
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, output_fd, 1),
+        (os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_WRONLY, 0),
+    ]
+    return os.posix_spawn(
+        argv[0], argv, dict(os.environ), file_actions=actions, setsigmask=[], setsigdef=[signal.SIGPIPE]
+    )

@@ -1,0 +1,306 @@
+"""Runs in: the supervisor.
+
+One worker process from its fork to its end: its phase, its control channel, its last health, and how it is
+ended (told, then killed). What follows its end is decided by supervisor/kinds.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ipc.channel import pair
+from ipc.errors import Code, RemoteError
+from ipc.log import Log
+from ipc.loop import Loop, Timer
+from ipc.messages.control import Health
+from ipc.messages.supervisor import SandboxReport, WorkerState
+from ipc.settings import Common
+from supervisor import spawn
+from supervisor.cgroup import Groups
+from supervisor.config import TimeoutsConfig
+from supervisor.control import Control
+from supervisor.logsink import LogSink
+from supervisor.reaper import Reaper
+from supervisor.sandbox.report import differences
+from supervisor.sandbox.spec import Identity
+from supervisor.sockets import Sockets
+from supervisor.table import Entry
+
+KILL_AFTER = 2.0  # seconds from SIGABRT, or from the end of the grace, to SIGKILL
+_STDERR_LINE = 4096
+
+
+class Phase(enum.StrEnum):
+    """Where a process is in its life; the values are what `bulkheadctl workers` shows."""
+
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every part of the supervisor works with."""
+
+    loop: Loop
+    log: Log
+    sink: LogSink
+    reaper: Reaper
+    groups: Groups
+    timeouts: TimeoutsConfig
+    paths: Mapping[str, str]
+    log_socket: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a worker is made of."""
+
+    entry: Entry
+    identity: Identity
+    settings: Common
+    sockets: Sockets
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a worker tells its kind."""
+
+    ready: Callable[[Worker], object]
+    ended: Callable[[Worker, int], object]
+    bound: Callable[[str], object]
+    health: Callable[[Worker], object]
+
+
+@dataclass
+class Worker:
+    """A process. Made by `start`."""
+
+    ground: Ground
+    origin: Origin
+    events: Events
+    pid: int = 0
+    phase: Phase = Phase.STARTING
+    started: float = field(default_factory=time.monotonic)
+    started_at_ns: int = field(default_factory=time.time_ns)
+    report: SandboxReport | None = None
+    health: Health = field(default_factory=Health)
+    answered: float | None = None  # monotonic time of the last answered ping
+    condemned: bool = False  # what holds is not what the table says: no retry makes it good
+    why: str = ""  # why we killed it, if we did
+    _control: Control | None = None
+    _stderr_fd: int = -1
+    _asking: bool = False
+    _timer: Timer | None = None
+
+    # -- beginning ------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, ground: Ground, origin: Origin, events: Events) -> Worker:
+        """Fork it. Raises OSError if there can be no process."""
+        worker = cls(ground, origin, events)
+        ours, theirs = pair()
+        worker._stderr_fd, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            child = spawn.fork(ground.loop, worker._job(theirs, stderr_write))
+        except OSError:
+            ours.close()
+            os.close(worker._stderr_fd)
+            raise
+        finally:
+            theirs.close()
+            os.close(stderr_write)
+        worker.pid = child.pid
+        worker._watch(ours)
+        with contextlib.suppress(ProcessLookupError):
+            ground.groups.enter(ground.groups.worker(origin.entry.kind), child.pid)
+        child.open_gate()
+        return worker
+
+    def _job(self, control: socket.socket, stderr_fd: int) -> spawn.Job:
+        entry = self.origin.entry
+        level = self.origin.settings.log_level
+        child_log = Log(entry.kind, sink=self.ground.log_socket, level=level)
+        plan = spawn.WorkerPlan(
+            entry=entry,
+            settings=self.origin.settings,
+            identity=self.origin.identity,
+            paths=self.ground.paths,
+            log=child_log,
+            control=control,
+            listener=self.origin.sockets.listener,
+            extra=self.origin.sockets.extra,
+        )
+        return spawn.Job(
+            title=f"bulkhead: {entry.kind}",
+            work=lambda: spawn.run_worker(plan),
+            log=child_log,
+            keep=plan.descriptors(),
+            stderr_fd=stderr_fd,
+        )
+
+    def _watch(self, ours: socket.socket) -> None:
+        ground = self.ground
+        ground.reaper.watch(self.pid, self._ended)
+        ground.loop.add_reader(self._stderr_fd, self._read_stderr)
+        self._control = Control(
+            ground.loop,
+            ours,
+            self.origin.entry.kind,
+            self.pid,
+            on_hello=self._hello,
+            on_bound=self.events.bound,
+            on_close=self._channel_closed,
+            log=ground.log,
+        )
+        self._timer = ground.loop.call_later(
+            ground.timeouts.worker_start, lambda: self.kill("it did not say hello in time", abort=True)
+        )
+
+    def _hello(self, report: SandboxReport) -> None:
+        if self.phase is not Phase.STARTING:
+            raise RemoteError(Code.FAILED_PRECONDITION, "one hello is enough")
+        self.report = report
+        faults = self._faults(report)
+        if faults:
+            self._condemn(faults)
+        self._cancel_timer()
+        self.phase = Phase.READY
+        self.answered = time.monotonic()
+        self.events.ready(self)
+
+    def _faults(self, report: SandboxReport) -> list[str]:
+        declared = self.origin.entry.sandbox
+        return [] if declared is None else differences(declared, self.origin.identity, report)
+
+    def _condemn(self, faults: list[str]) -> None:
+        self.condemned = True
+        for fault in faults:
+            self.ground.log.error(
+                "sandbox is not as the table says", kind=self.kind, pid_of=self.pid, fault=fault
+            )
+        self.kill("its sandbox is not as the table says")
+        raise RemoteError(Code.PERMISSION_DENIED, "; ".join(faults))
+
+    @property
+    def kind(self) -> str:
+        return self.origin.entry.kind
+
+    # -- health ---------------------------------------------------------------------------------------
+
+    def ping(self, done: Callable[[], object] | None = None, timeout: float | None = None) -> None:
+        """Ask for health, unless an answer is awaited; `done` is called when it is known or will not be."""
+        finished = done or (lambda: None)
+        if self._control is None or self.phase is not Phase.READY or (self._asking and done is None):
+            finished()
+            return
+        limit = timeout or self.ground.timeouts.worker_answer
+        self._asking = self._asking or done is None
+        routine = done is None
+        self._control.ping(lambda answer: self._pong(answer, routine, finished), limit)
+
+    def _pong(self, answer: Health | RemoteError, routine: bool, finished: Callable[[], object]) -> None:
+        if routine:
+            self._asking = False
+        if isinstance(answer, Health):
+            self.health = answer
+            self.answered = time.monotonic()
+            self.events.health(self)
+        elif routine and answer.code is Code.DEADLINE_EXCEEDED:
+            self.kill("it answers no pings", abort=True)
+        finished()
+
+    def reload(self, settings: bytes) -> None:
+        """Tell it its new settings."""
+        if self._control is not None and self.phase is Phase.READY:
+            self._control.reload(settings, self._reloaded)
+
+    def _reloaded(self, answer: object) -> None:
+        if isinstance(answer, RemoteError):
+            self.ground.log.warning("worker did not take its settings", kind=self.kind, why=answer)
+
+    # -- ending ---------------------------------------------------------------------------------------
+
+    def stop(self, grace: float) -> None:
+        """Tell it to end in order; after the grace it is killed."""
+        if self.phase is Phase.STOPPING:
+            return
+        ready, self.phase = self.phase is Phase.READY, Phase.STOPPING
+        if ready and self._control is not None:
+            self._control.stop(grace)
+        else:
+            self._signal(signal.SIGTERM)
+        self._kill_later(grace + KILL_AFTER)
+
+    def kill(self, why: str, *, abort: bool = False) -> None:
+        """End it now; with `abort` it gets a moment to tell where it hangs."""
+        self.why = self.why or why
+        self.ground.log.error("worker is killed", kind=self.kind, pid_of=self.pid, why=why)
+        self._signal(signal.SIGABRT if abort else signal.SIGKILL)
+        self._kill_later(KILL_AFTER)
+
+    def _kill_later(self, seconds: float) -> None:
+        self._cancel_timer()
+        self._timer = self.ground.loop.call_later(seconds, lambda: self._signal(signal.SIGKILL))
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)  # not reaped yet, so the number is still its own
+
+    def _channel_closed(self) -> None:
+        self._control = None
+        if self.phase is not Phase.STOPPING:
+            self._kill_later(self.ground.timeouts.worker_stop + KILL_AFTER)
+
+    def _ended(self, code: int) -> None:
+        self._cancel_timer()
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+            self._cancel_timer()  # closing the channel sets one
+        self._read_stderr()
+        self.ground.loop.remove_reader(self._stderr_fd)
+        os.close(self._stderr_fd)
+        self.ground.sink.forget(self.pid)
+        self.events.ended(self, code)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _read_stderr(self) -> None:
+        """What a worker writes to standard error is a crash or a library; it goes the way of its log."""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self._stderr_fd, 65536)
+            if not data:
+                self.ground.loop.remove_reader(self._stderr_fd)
+            log = Log(self.kind)
+            for line in data.decode("utf-8", "replace").splitlines():
+                text = log.format("warning", "standard error", {"line": line[:_STDERR_LINE]})
+                self.ground.sink.line(self.pid, text.encode())
+
+    # -- telling --------------------------------------------------------------------------------------
+
+    def state(self) -> WorkerState:
+        """What `bulkheadctl workers` shows."""
+        now = time.monotonic()
+        return WorkerState(
+            kind=self.kind,
+            name=self.kind,
+            state=self.phase.value,
+            pid=self.pid,
+            started_at_ns=self.started_at_ns,
+            uid=self.origin.identity.uid,
+            requests=self.health.requests,
+            doing=self.health.doing,
+            last_ping_ms=-1 if self.answered is None else int((now - self.answered) * 1000),
+            sandbox=self.report,
+        )
