@@ -21,6 +21,8 @@ PREFIX = "bulkhead"
 _SLICE = ".slice"
 _DEFAULT_PARENT = {"systemd": "system.slice", "cgroupfs": f"/{PREFIX}"}
 _INT64_MAX = 2**63 - 1
+#: Less than this cannot start a process: the runtime's own first steps are counted too.
+MIN_MEMORY_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ def _memory(request: api_pb2.LinuxContainerResources, host: HostInfo, notes: Not
     for what, number in (("memory_limit_in_bytes", limit), ("memory_swap_limit_in_bytes", both)):
         if number < -1:
             raise invalid(f"{what}: {number} is neither a size nor -1 for no limit")
+    if 0 < limit < MIN_MEMORY_BYTES:
+        raise invalid(f"memory_limit_in_bytes: {limit} is too little to start a process in")
     if both and not limit:
         raise invalid(
             "memory_swap_limit_in_bytes is memory and swap together: it needs memory_limit_in_bytes"

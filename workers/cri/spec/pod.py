@@ -7,6 +7,7 @@ on) has no process to apply to; `privileged` and the namespace options do count.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 
@@ -114,12 +115,21 @@ def _port_mapping(port: api_pb2.PortMapping) -> network.PortMapping:
         raise invalid(f"port_mappings: {port.protocol} is no protocol")
     if not 0 < port.container_port <= MAX_PORT or port.host_port > MAX_PORT:
         raise invalid(f"port_mappings: {port.host_port}:{port.container_port} is out of range")
+    if port.host_ip:
+        _check_address(port.host_ip)
     return network.PortMapping(
         protocol=_PROTOCOLS[port.protocol],
         container_port=port.container_port,
         host_port=port.host_port,
         host_ip=port.host_ip,
     )
+
+
+def _check_address(text: str) -> None:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        raise invalid(f"port_mappings: host_ip {text!r} is not an address") from None
 
 
 def network_setup(
