@@ -1,0 +1,195 @@
+"""Runs in: image.
+
+The registry client's API: the table of its handlers. Downloads run in threads of an own pool, each as one
+Operation that ends when its caller goes away; the loop never waits for a network. It owns nothing that
+outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures.thread
+import contextlib
+import encodings.idna
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import urllib3
+
+from ipc.aio import Call
+from ipc.errors import invalid
+from ipc.messages import Empty
+from ipc.messages.image import (
+    BlobFetch,
+    Fetched,
+    ManifestResolve,
+    Normalised,
+    Progress,
+    ReferenceNormalise,
+    RegistriesReload,
+    Resolved,
+)
+from ipc.settings import ImageSettings
+from ipc.table import Handler, Handlers, table
+from workers import boot
+from workers.image.blobs import Sink, fetch
+from workers.image.client import Tools, make_tools
+from workers.image.names import normalise
+from workers.image.operation import Operation
+from workers.image.proxies import Proxies, from_environment
+from workers.image.resolve import resolve
+
+THREADS = 64
+#: What the C library and Python load at first use, which a shut sandbox cannot.
+_PRELOADED = (encodings.idna, concurrent.futures.thread)
+CALLERS = frozenset({"cri"})
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+
+@dataclass
+class State:
+    """What is opened before the sandbox shuts."""
+
+    null_fd: int
+    proxies: Proxies
+
+
+class Service:
+    """Answers the requests of one worker."""
+
+    def __init__(self, settings: ImageSettings, state: State) -> None:
+        self._state = state
+        self._tools = make_tools(settings, state.proxies)
+        self._threads = concurrent.futures.thread.ThreadPoolExecutor(THREADS, thread_name_prefix="download")
+        self._running: set[Operation] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works, be it for nobody."""
+        return bool(self._running)
+
+    def handlers(self) -> Handlers:
+        """The whole API of this worker."""
+        return table(
+            Handler(ManifestResolve, self.manifest_resolve, CALLERS),
+            Handler(BlobFetch, self.blob_fetch, CALLERS),
+            Handler(ReferenceNormalise, self.reference_normalise, CALLERS),
+            Handler(RegistriesReload, self.registries_reload, CALLERS),
+        )
+
+    async def manifest_resolve(self, call: Call, body: ManifestResolve) -> Resolved:
+        call.doing = f"resolving {body.reference[:200]}"
+        return await self._in_thread(call, lambda tools, operation: resolve(tools, operation, body))
+
+    async def blob_fetch(self, call: Call, body: BlobFetch) -> Fetched:
+        call.doing = f"fetching {body.digest[:80]}"
+        sink = self._sink(call)
+        loop = asyncio.get_running_loop()
+
+        def report(size: int) -> None:
+            _on_loop(loop, call.update, Progress(bytes=size))
+
+        size = await self._in_thread(
+            call,
+            lambda tools, operation: fetch(tools, operation, body, sink, report),
+            on_cancel=sink.abandon,
+            on_end=sink.close,
+        )
+        return Fetched(bytes=size)
+
+    def _sink(self, call: Call) -> Sink:
+        if len(call.fds) != 1:
+            raise invalid("the request must bring the pipe to write to")
+        sink = Sink(call.fds.get(), self._state.null_fd)
+        call.fds.take()
+        return sink
+
+    async def reference_normalise(self, call: Call, body: ReferenceNormalise) -> Normalised:
+        return await self._in_thread(
+            call,
+            lambda tools, _: normalise(body.reference, tools.registries.current()),
+        )
+
+    async def registries_reload(self, call: Call, _body: RegistriesReload) -> Empty:
+        def reload(tools: Tools, _operation: Operation) -> Empty:
+            tools.registries.reload()
+            tools.certificates.clear()
+            return Empty()
+
+        return await self._in_thread(call, reload)
+
+    async def _in_thread(
+        self,
+        call: Call,
+        work: Callable[[Tools, Operation], T],
+        *,
+        on_cancel: Callable[[], object] = lambda: None,
+        on_end: Callable[[], object] = lambda: None,
+    ) -> T:
+        """Run `work` in a thread. `on_end` is called when it is over or will never begin."""
+        operation = Operation(call.deadline)
+        self._running.add(operation)
+        loop = asyncio.get_running_loop()
+        future = self._threads.submit(work, self._tools, operation)
+
+        def ended(_future: object) -> None:
+            on_end()
+            _on_loop(loop, self._running.discard, operation)
+
+        future.add_done_callback(ended)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            operation.cancel()
+            on_cancel()
+            raise
+
+    def reload(self, settings: bytes) -> None:
+        """Take new settings; what runs finishes with the old ones."""
+        self._tools = make_tools(msgspec.msgpack.decode(settings, type=ImageSettings), self._state.proxies)
+
+    def close(self) -> None:
+        """Let the threads end; all operations have been cancelled by now."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[A], object], argument: A) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is ending
+        loop.call_soon_threadsafe(function, argument)
+
+
+def prepare(context: boot.Context[ImageSettings]) -> State:
+    """Load all that is loaded lazily elsewhere: name service libraries, codecs, TLS."""
+    assert all(_PRELOADED)
+    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # registries.conf says so
+    socket.getaddrinfo("localhost", 443, type=socket.SOCK_STREAM)
+    ssl.create_default_context()
+    return State(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), from_environment(os.environ))
+
+
+def run(context: boot.Context[ImageSettings], state: State) -> None:
+    """Serve until told to stop, or idle."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a pipe whose reader is gone is an error, not an end
+    asyncio.run(_serve(context, state))
+
+
+async def _serve(context: boot.Context[ImageSettings], state: State) -> None:
+    service = Service(context.settings, state)
+    try:
+        await boot.serve_aio(
+            context,
+            service.handlers(),
+            on_reload=service.reload,
+            busy=lambda: service.busy,
+            idle_exit=context.settings.idle_exit,
+        )
+    finally:
+        service.close()
