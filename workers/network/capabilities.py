@@ -8,19 +8,18 @@ named, before anything is made.
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from typing import Any
 
 from ipc.errors import invalid
 from ipc.messages.network import PodSetup, PortMapping
 
-_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|)\Z")
+_QUANTITY = re.compile(r"(?=\.?[0-9])([0-9]{0,20})(?:\.([0-9]{0,20}))?(m|[kMGTPE]|[KMGTPE]i|)\Z")
 _FACTORS = {
-    "": Decimal(1),
-    "m": Decimal("0.001"),
-    **{unit: Decimal(1000) ** power for power, unit in enumerate("kMGTPE", start=1)},
-    **{unit + "i": Decimal(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
-}
+    "": 1000,
+    "m": 1,
+    **{unit: 1000 ** (power + 1) for power, unit in enumerate("kMGTPE", start=1)},
+    **{unit + "i": 1000 * 1024**power for power, unit in enumerate("KMGTPE", start=1)},
+}  # in thousandths, as the smallest unit is one
 #: Kubernetes' own bounds of a bandwidth, in bits per second.
 RATE_MIN, RATE_MAX = 1000, 10**15
 #: A burst is a second's worth, at least two of the largest offloaded packets, at most what the plugin takes.
@@ -73,7 +72,8 @@ def _rate(key: str, text: str) -> int:
     match = _QUANTITY.match(text)
     if match is None:
         raise invalid(f"annotation {key}: {text!r} is not a quantity such as 10M")
-    rate = int(Decimal(match[1]) * _FACTORS[match[2]])
+    whole, fraction, unit = match.groups(default="")
+    rate: int = int(whole + fraction) * _FACTORS[unit] // (1000 * 10 ** len(fraction))
     if not RATE_MIN <= rate <= RATE_MAX:
         raise invalid(f"annotation {key}: {text} is not between 1k and 1P bits per second")
     return rate

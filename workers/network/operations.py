@@ -1,9 +1,9 @@
 """Runs in: children of network, one for each of these functions.
 
-What is done to a pod, a step at a time, blocking: `begin` and `attach` make one, `undo` and `teardown` end
-one, `check` asks its plugins. Each holds the pod's lock and leaves either a whole pod, nothing, or a record
-that says what is to be undone. A failure that left things in order is returned; anything that is raised
-or kills the child tells the worker to `undo`.
+What is done to a pod, a step at a time, blocking: `begin` and `attach` make one, `teardown` ends one, whole
+or half made, `check` asks its plugins. Each holds the pod's lock and leaves either a whole pod, nothing, or
+a record that says what is to be undone. A failure that left things in order is returned; anything that is
+raised, or kills the child, makes the worker tear down what was begun.
 """
 
 from __future__ import annotations
@@ -186,11 +186,6 @@ def _after_failure(places: Places, record: Record, lock_fd: int, error: RemoteEr
         return RemoteError(error.code, text, reason=error.reason)
     _forget(places, record.pod_id)
     return error
-
-
-def undo(places: Places, pod_id: str) -> bytes:
-    """Leave nothing of a pod whose making was cut short."""
-    return _told(lambda: _remove(places, pod_id))
 
 
 def teardown(places: Places, pod_id: str) -> bytes:

@@ -2,7 +2,9 @@
 
 One run of one CNI plugin: the program found in the plugin directories, its environment, configuration on
 standard input, everything it says bounded, an end by a deadline. The plugin leads a process group that is
-killed whole, dies with the process that started it, and holds the operation's lock.
+killed whole, and holds the operation's lock: should this process be killed, whoever takes the pod up next
+finds and kills it by that (records.PodLock). A death signal would need Python code between fork and exec,
+which costs a copy of this process's page tables for each plugin.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ipc import kernel
 from workers.network.results import PluginError, PluginTimeout
 
 STDOUT_LIMIT = 4 * 1024 * 1024
@@ -59,7 +60,6 @@ def run(
 
 
 def _start(path: str, environment: Mapping[str, str], config: bytes, lock_fd: int) -> subprocess.Popen[bytes]:
-    starter = os.getpid()
     stdin_fd = _memory_file(config)
     try:
         return subprocess.Popen(
@@ -72,7 +72,6 @@ def _start(path: str, environment: Mapping[str, str], config: bytes, lock_fd: in
             process_group=0,
             pass_fds=() if lock_fd < 0 else (lock_fd,),
             bufsize=0,
-            preexec_fn=lambda: kernel.die_with_parent(signal.SIGKILL, starter),  # noqa: PLW1509 - one thread
         )
     except OSError as error:
         raise PluginError(f"{path} cannot be started: {error.strerror}") from None

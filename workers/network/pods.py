@@ -147,7 +147,7 @@ class _Setup:
                 log.get().error("pod network not undone", pod=self.plan.pod_id, why=failure.text)
             self._finish(why)
 
-        self._start(operations.undo, self.plan.pod_id, ended=undone)
+        self._start(operations.teardown, self.plan.pod_id, ended=undone)
 
     def _finish(self, answer: Outcome | RemoteError) -> None:
         _answer(self.call, answer)
