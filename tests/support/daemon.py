@@ -1,9 +1,9 @@
 """Runs in: the tests, `make demo` and `make bench`.
 
-A node of its own with the whole of Bulkhead on it: a network namespace that plays the host's, directories
-that play /etc, /run and /var/lib, CNI with the real bridge plugin, and `bulkhead serve` in front of it all.
-The machine's own network namespace and directories are never touched. `close` ends everything and returns
-what was left behind (nothing, or it is a bug).
+A node of its own with the whole of Bulkhead on it: directories that play /etc, /run and /var/lib, CNI with
+the real bridge plugin, and `bulkhead serve` in front of it all. It stands in the namespaces of the test run
+(tests/support/machine.py), so the machine's own network and mounts are never touched. `close` ends everything
+and returns what was left behind (nothing, or it is a bug).
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ class Node:
     def __init__(
         self, *, config: str = "", registries: str = "", log_level: str = "info", bridge: str = "bhbr0"
     ) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="bh-node-", dir="/tmp"))
+        self.root = Path(tempfile.mkdtemp(prefix="bh-", dir="/tmp"))
         self.root.chmod(0o755)
-        self.netns = self.root / "host-netns"
         self.run_root = self.root / "run"
         self.state = self.root / "state"
         self.conf_dir = self.root / "net.d"
@@ -66,10 +65,8 @@ class Node:
         self.log_level = log_level
         self.daemon: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
-        for directory in (self.conf_dir, self.logs):
+        for directory in (self.conf_dir, self.logs, self.root / "bulkhead.toml.d"):
             directory.mkdir()
-        self.netns.touch()
-        subprocess.run(["unshare", f"--net={self.netns}", "ip", "link", "set", "lo", "up"], check=True)
         (self.conf_dir / "10-test.conflist").write_text(json.dumps(self.conflist(bridge)))
         self.registries_conf = self.root / "registries.conf"
         self.registries_conf.write_text(registries)
@@ -97,16 +94,11 @@ class Node:
             f'certs_dirs = ["{self.root}/certs.d"]\n'
         )
 
-    def enter(self) -> list[str]:
-        """Command prefix that enters the node's network namespace."""
-        return ["nsenter", f"--net={self.netns}"]
-
     # -- the daemon -----------------------------------------------------------------------------------
 
     def command(self) -> list[str]:
         """The daemon's command line."""
         return [
-            *self.enter(),
             *(sys.executable, "-m", "supervisor", "serve"),
             *("--config", str(self.config), "--config-dir", str(self.root / "bulkhead.toml.d")),
             *("--root", str(self.state), "--run-root", str(self.run_root), "--listen", str(self.socket)),
@@ -232,7 +224,7 @@ class Node:
     def _left_mounts(self) -> Iterator[str]:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             target = line.split()[4]
-            if target.startswith(f"{self.root}/") and target != str(self.netns):
+            if target.startswith(f"{self.root}/"):
                 yield f"mount {target}"
 
     def _left_directories(self) -> Iterator[str]:
@@ -249,9 +241,7 @@ class Node:
                 yield f"address {name}"
 
     def _left_links(self) -> Iterator[str]:
-        listing = subprocess.run(
-            [*self.enter(), "ip", "-o", "link"], capture_output=True, text=True, check=True
-        ).stdout
+        listing = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
         for line in listing.splitlines():
             name = line.split(": ")[1].split("@")[0]
             if name.startswith("veth"):
@@ -342,6 +332,11 @@ def _belongs(entry: Path, marker: bytes) -> bool:
         return True
     root = (entry / "mountinfo").read_bytes().split(b"\n", 1)[0]
     return marker in root
+
+
+def environment() -> dict[str, str]:
+    """The environment of a daemon as systemd gives it, not as a developer's shell has it."""
+    return {"PATH": os.environ["PATH"], "LANG": "C.UTF-8"}
 
 
 def alive(pid: int) -> bool:
