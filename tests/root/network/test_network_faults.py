@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +35,15 @@ case $CNI_COMMAND in VERSION)
     exit 0;;
 esac
 """
+
+
+#: A caller that can be killed.
+CALLER = """
+import sys
+from tests.support.network_node import CriClient, pod_setup
+CriClient(sys.argv[1]).call(pod_setup())
+"""
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -230,15 +242,32 @@ def test_a_daemon_that_a_plugin_leaves_behind_holds_nothing_up(here: Node, clien
     os.kill(int((here.root / "daemon.pid").read_text()), signal.SIGKILL)
 
 
-def test_an_operation_whose_caller_went_is_finished(here: Node, client: CriClient) -> None:
+def test_an_operation_whose_callers_time_is_over_is_undone_and_can_be_begun_again(
+    here: Node, client: CriClient
+) -> None:
     here.fake("slow", PASS + f"[ $CNI_COMMAND = ADD ] && {{ touch {here.root}/begun; sleep 1; }}; pass")
     here.bridge_conf({"type": "slow"})
     with here.client(timeout=0.3) as impatient:
         assert fails(impatient).code is Code.DEADLINE_EXCEEDED
-    # Its ADD was given no longer than its caller would wait; this caller does wait.
+    # ADD was given no longer than its caller would wait; this caller waits.
     assert len(client.call(pod_setup()).ips) == 1
     assert len(here.held_addresses()) == 1
     client.call(network.PodTeardown(pod_id="pod0"))
+
+
+def test_an_operation_whose_caller_went_is_finished(here: Node, client: CriClient) -> None:
+    here.fake("slow", PASS + f"[ $CNI_COMMAND = ADD ] && {{ touch {here.root}/begun; sleep 1; }}; pass")
+    here.bridge_conf({"type": "slow"})
+    going = subprocess.Popen([sys.executable, "-c", CALLER, here.socket_path], cwd=REPOSITORY)
+    wait_for((here.root / "begun").exists)
+    going.kill()
+    going.wait()
+    wait_for(lambda: json.loads((here.records / "pod0.json").read_text())["state"] == "ready")
+    begun = time.monotonic()
+    assert client.call(pod_setup()).ips == here.held_addresses()
+    assert time.monotonic() - begun < 1  # from the record
+    client.call(network.PodTeardown(pod_id="pod0"))
+    nothing_is_left(here, client)
 
 
 def in_background(here: Node, result: list[Any]) -> threading.Thread:

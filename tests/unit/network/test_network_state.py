@@ -8,10 +8,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from ipc.settings import NetworkSettings
 from workers.network.confdir import ConfDir
 from workers.network.lanes import Lanes
+from workers.network.main import State
 from workers.network.records import READY, Record, Records
 
 
@@ -100,6 +103,21 @@ def test_who_holds_a_lock_unattended_is_killed(tmp_path: Path) -> None:
         holder.stdout.readline()
         with Records(str(tmp_path)).lock("p"):
             assert holder.wait(5) == -9
+
+
+def test_new_settings_count_at_once_and_their_directories_are_made(tmp_path: Path) -> None:
+    settings = NetworkSettings(root="/", run_root=str(tmp_path / "run"), conf_dir=str(tmp_path))
+    state = State(settings, "boot")
+    assert state.selection().network is None
+    write(tmp_path / "1.conflist", "a")
+    write(tmp_path / "2.conflist", "b")
+    state.use(msgspec.structs.replace(settings, default_network="b", cache_dir=str(tmp_path / "cache")))
+    selected = state.selection().network
+    assert selected is not None
+    assert selected.name == "b"
+    assert state.current_places().records == str(tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
+    assert (tmp_path / "run" / "ns").is_dir()
 
 
 @pytest.fixture
