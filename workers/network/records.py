@@ -30,8 +30,11 @@ _SUFFIX = ".json"
 _LOCK_WAIT = 10.0
 
 
-class Record(Body):
-    """Everything that DEL needs, whatever has become of the configuration directory since."""
+class Record(Body, omit_defaults=False):
+    """Everything that DEL needs, whatever has become of the configuration directory since.
+
+    Written with every field, so that another release's defaults change nothing of what is recorded.
+    """
 
     pod_id: str
     state: str = ADDING
