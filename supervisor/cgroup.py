@@ -11,9 +11,9 @@ own, because the OCI runtime forks the container's first process there.
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import errno
-import hashlib
 import os
 import signal
 import time
@@ -74,7 +74,7 @@ def instance_name(run_root: str) -> str:
     """Return the name that one instance's groups bear."""
     if run_root == DEFAULT_RUN_ROOT:
         return "bulkhead"
-    return f"bulkhead-{hashlib.sha256(run_root.encode()).hexdigest()[:8]}"
+    return f"bulkhead-{binascii.crc32(run_root.encode()):08x}"
 
 
 def slice_path(name: str) -> str:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from supervisor.files import find_program
 
 #: A check returns "" or what is wrong with the value, as the end of a sentence.
 Check = Callable[[Any], str]
@@ -23,7 +24,6 @@ Check = Callable[[Any], str]
 LEVELS = ("debug", "info", "warning", "error")
 CGROUP_MANAGERS = ("auto", "systemd", "cgroupfs")
 RUNTIME_NAMES = ("crun", "runc")
-SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def key(default: Any, doc: str, check: Check | None = None) -> Any:
@@ -280,7 +280,7 @@ def _resolved_runtimes(config: Config) -> dict[str, RuntimeConfig]:
     found: dict[str, RuntimeConfig] = {}
     for name in dict.fromkeys((*RUNTIME_NAMES, *config.runtimes)):
         entry = config.runtimes.get(name, RuntimeConfig())
-        path = entry.path or shutil.which(name, path=SEARCH_PATH) or ""
+        path = entry.path or find_program(name)
         if not path and name not in config.runtimes:
             continue
         root = entry.root or f"{config.run_root}/runtimes/{name}"

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Mapping
 
 from supervisor.config import Config
+from supervisor.files import remove_tree
 from supervisor.hostinfo import boot_id
 from supervisor.sandbox.spec import Identity
 from supervisor.settings import bind_directory
@@ -94,7 +94,7 @@ def _new_boot(run_root: str) -> bool:
         before = file.read().strip()
     if before != now:
         for name in OF_THIS_BOOT:
-            shutil.rmtree(f"{run_root}/{name}", ignore_errors=True)
+            remove_tree(f"{run_root}/{name}")
         with open(path, "w", encoding="ascii") as file:
             file.write(now + "\n")
     return before not in {"", now}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ipc.log import Log
 from ipc.messages.supervisor import InitStarted, InitState
 from supervisor import held, podinit, spawn
 from supervisor.cgroup import parent_path
+from supervisor.files import remove_tree
 from supervisor.monitors import SHORT_ID
 from supervisor.sandbox.spec import Identity
 from supervisor.worker import Ground
@@ -210,8 +210,7 @@ class Inits:
         directory = self._directory(pod_id)
         with contextlib.suppress(OSError, ValueError), open(f"{directory}/group", encoding="utf-8") as file:
             self._ground.groups.remove(json.load(file))
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(directory)
+        remove_tree(directory)
 
     def _unpin(self, pod_id: str) -> None:
         pin = self._pin(pod_id)

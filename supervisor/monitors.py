@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ from ipc.log import Log
 from ipc.messages.supervisor import MonitorState
 from ipc.settings import MonitorSettings
 from supervisor import held, spawn
+from supervisor.files import remove_tree
 from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
 from supervisor.tally import Tally, describe
@@ -127,8 +127,7 @@ class Monitors:
         directory = self._directory(container_id)
         if held.is_held(directory):
             raise precondition(f"the monitor of container {container_id} lives")
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(directory)
+        remove_tree(directory)
 
     def states(self) -> list[MonitorState]:
         """Every directory, and whether its lock is held."""

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import importlib
 import os
-import random
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -137,7 +136,7 @@ class Supervisor:
             identity=self.who[entry.kind],
             settings=self._derivation.of(entry.kind),
             sockets=self._bind(entry),
-            policy=Policy(_rules(self.config), time.monotonic, random.random),
+            policy=Policy(_rules(self.config), time.monotonic, _chance),
             tally=self.tally,
             changed=lambda _kind: self._changed(),
             bound=self._bound,
@@ -326,6 +325,11 @@ def _sized(entry: Entry, config: Config) -> Entry:
     """Give a pool its configured size."""
     maximum = getattr(config.pools, entry.kind, entry.maximum)
     return dataclasses.replace(entry, maximum=max(maximum, entry.minimum))
+
+
+def _chance() -> float:
+    """A number in [0, 1)."""
+    return int.from_bytes(os.urandom(4), "big") / 2**32
 
 
 def _rules(config: Config) -> Rules:

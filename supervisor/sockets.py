@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import socket
 import stat
 import struct
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 
 from ipc import channel
 from ipc.errors import RemoteError, invalid
+from supervisor.files import remove_tree
 from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
 
@@ -134,5 +134,5 @@ def publish(bound: str, directory: str, public: str) -> None:
     except OSError as error:
         raise invalid(f"cannot publish {bound!r}: {error}") from error
     except RemoteError:
-        shutil.rmtree(between) if os.path.isdir(between) else os.unlink(between)
+        remove_tree(between)
         raise

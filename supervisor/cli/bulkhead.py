@@ -127,7 +127,7 @@ def _standard_descriptors() -> None:
 
 
 def _daemon(options: argparse.Namespace, config: Config) -> int:
-    import daemon  # type: ignore[import-untyped]  # it has no stubs
+    import daemon  # type: ignore[import-untyped]  # it comes without stubs
     from daemon import pidfile
 
     log_path = options.log_file or f"{config.run_root}/bulkhead.log"

@@ -10,7 +10,7 @@ import sys
 
 from supervisor import table
 from supervisor.cli import bulkhead
-from supervisor.sandbox.spec import Sandbox
+from supervisor.sandbox.spec import STORAGE_CAPABILITIES, Sandbox
 
 FAKE = "tests.support.fake_worker"
 
@@ -23,7 +23,7 @@ def fake_table() -> table.Table:
         if kind in {"storage", "cri", "image", "network"}
     }
     # A sandbox that a fake fits in: only its report is looked at.
-    loose = Sandbox(landlock=False, no_new_privs=True, capabilities=table.STORAGE_CAPABILITIES)
+    loose = Sandbox(landlock=False, no_new_privs=True, capabilities=STORAGE_CAPABILITIES)
     entries["network"] = dataclasses.replace(entries["network"], sandbox=loose)
     entries["monitor"] = dataclasses.replace(table.TABLE["monitor"], module="tests.support.fake_monitor")
     entries["init"] = table.TABLE["init"]

@@ -179,10 +179,9 @@ class Instance:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if error is not None:
-            sys.stderr.write(self.log())
         try:
             self._end()
+            sys.stderr.write(self.log())  # shown when the test fails
             if error is None:
                 self._assert_nothing_left()
         finally:
