@@ -88,6 +88,7 @@ def container(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig
     _privilege(config.linux.security_context, sandbox.linux.security_context)
     _modes(config.linux.security_context.namespace_options)
     texts("command and args", [*config.command, *config.args])
+    texts("annotations", [*config.annotations, *config.annotations.values()])
 
 
 def pod(config: api_pb2.PodSandboxConfig) -> None:
