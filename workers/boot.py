@@ -3,24 +3,22 @@
 The skeleton that all workers share. A worker's main module has two functions: `prepare(context)`, still
 root, imports and opens what it needs; `run(context, state)` serves, with the sandbox shut. What stands
 between them is the supervisor's (`enter`). It owns the control channel to the supervisor: hello, health,
-stop, reload. It refuses nothing and decides nothing.
+stop, reload. It refuses nothing and decides nothing. The asyncio half is workers/boot_aio.py, so that workers
+without asyncio stay small.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ipc import aio, log
+from ipc import log
 from ipc.channel import Peer
 from ipc.errors import RemoteError
-from ipc.fds import FdSet
 from ipc.log import Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty, control
@@ -104,7 +102,7 @@ class Service:
         self.server.close()
 
     def _control_handlers(self) -> Mapping[str, Handler]:
-        return _control_table(self._ping, self._told_to_stop, self._reload)
+        return control_table(self._ping, self._told_to_stop, self._reload)
 
     def _welcome(self, answer: Body | RemoteError, _fds: object) -> None:
         if isinstance(answer, RemoteError):
@@ -152,123 +150,13 @@ def serve(
     Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop).run()
 
 
-# -- asyncio workers --------------------------------------------------------------------------------------
+# -- the control channel ----------------------------------------------------------------------------------
 
 
-class AioService:
-    """An asyncio worker's server and control channel: `await start()`, then `await wait()`."""
-
-    def __init__(
-        self,
-        context: Context[Any],
-        handlers: Mapping[str, Handler],
-        *,
-        on_reload: Callable[[bytes], object] | None = None,
-        doing: Callable[[], str] | None = None,
-        on_stop: Callable[[], Awaitable[object]] | None = None,
-        busy: Callable[[], bool] | None = None,
-        idle_exit: float | None = None,
-    ) -> None:
-        self.server = aio.Server(handlers, context.settings.uids, log=context.log)
-        self._context = context
-        self._on_reload = on_reload
-        self._on_stop = on_stop
-        self._doing = doing or (lambda: "")
-        self._busy = busy or (lambda: False)
-        self._idle_exit = idle_exit
-        self._grace = 5.0
-        self._stop = asyncio.Event()
-        self._control: aio.Connection | None = None
-
-    async def start(self) -> None:
-        """Say hello to the supervisor, then accept. Raises RemoteError if the supervisor refuses."""
-        assert self._context.control is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
-        handlers = _control_table(self._ping, self._told_to_stop, self._reload)
-        self._control = aio.Connection(
-            self._context.control, SUPERVISOR, handlers, log=self._context.log, on_bug=self._bug
-        )
-        self._control.on_close = lambda _connection: self._stop.set()
-        await self.tell(control.Hello(report=self._context.report))
-        if self._context.listener is not None:
-            self.server.start(self._context.listener)
-
-    async def tell(self, request: control.Hello | control.SocketBound) -> None:
-        """Tell the supervisor something over the control channel. Raises RemoteError, aio.Lost."""
-        assert self._control is not None
-        await self._control.ask(request, FdSet(), time.monotonic() + HELLO_TIMEOUT)
-
-    def stop(self) -> None:
-        """Make wait() return."""
-        self._stop.set()
-
-    async def wait(self) -> None:
-        """Serve until told to stop or idle for `idle_exit` seconds; raises the first bug of a handler."""
-        idle = asyncio.create_task(self._watch_idle())
-        stop = asyncio.create_task(self._stop.wait())
-        try:
-            ends: set[asyncio.Future[Any]] = {stop, idle, self.server.failed}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self.server.failed.done():
-                self.server.failed.result()
-            self.server.stop_accepting()
-            if self._on_stop is not None:
-                await self._on_stop()
-            await self.server.close(self._grace)
-        finally:
-            for task in (idle, stop):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-    async def _watch_idle(self) -> None:
-        if self._idle_exit is None:
-            await asyncio.Event().wait()
-        assert self._idle_exit is not None
-        last_busy = time.monotonic()
-        while time.monotonic() - last_busy < self._idle_exit:
-            await asyncio.sleep(min(1.0, self._idle_exit / 4))
-            if self.server.connections or self._busy():
-                last_busy = time.monotonic()
-
-    async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
-        return control.Health(requests=self.server.in_flight(), doing=self._doing())
-
-    async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
-        self._grace = body.grace_ms / 1000
-        self._stop.set()
-        return Empty()
-
-    async def _reload(self, _call: aio.Call, body: control.Reload) -> Empty:
-        if self._on_reload is not None:
-            self._on_reload(body.settings)
-        return Empty()
-
-    def _bug(self, error: BaseException) -> None:
-        if not self.server.failed.done():
-            self.server.failed.set_exception(error)
-
-
-async def serve_aio(
-    context: Context[Any],
-    handlers: Mapping[str, Handler],
-    *,
-    on_stop: Callable[[], Awaitable[object]] | None = None,
-    on_reload: Callable[[bytes], object] | None = None,
-    busy: Callable[[], bool] | None = None,
-    idle_exit: float | None = None,
-) -> None:
-    """Serve `handlers` on the context's listener until told to stop, or idle for `idle_exit` seconds."""
-    service = AioService(
-        context, handlers, on_stop=on_stop, on_reload=on_reload, busy=busy, idle_exit=idle_exit
-    )
-    await service.start()
-    await service.wait()
-
-
-def _control_table(
+def control_table(
     ping: Callable[..., Any], stop: Callable[..., Any], reload: Callable[..., Any]
 ) -> Mapping[str, Handler]:
+    """Return the handlers of the control channel, the same for every worker."""
     callers = frozenset({"supervisor"})
     return table(
         Handler(control.Ping, ping, callers),

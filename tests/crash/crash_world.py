@@ -160,7 +160,7 @@ class World:
     # -- the victims ----------------------------------------------------------------------------------
 
     def wake(self, kind: str) -> None:
-        """Make sure that an on-demand worker runs."""
+        """Make sure that a worker runs: ask for an on-demand one, wait for one that was killed just now."""
         if kind == "ops":
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
                 sock.settimeout(10)
@@ -170,6 +170,10 @@ class World:
         elif kind == "image":
             request = cri.PullImageRequest(image=cri.ImageSpec(image=self.image))
             self.node.images.PullImage(request, timeout=60)
+        wait_for(lambda: self._is_up(kind), f"{kind} runs")
+
+    def _is_up(self, kind: str) -> bool:
+        return any(worker.kind == kind and worker.state == "ready" for worker in self.node.workers())
 
     def kill(self, kind: str) -> None:
         """SIGKILL; the supervisor is started again at once, as systemd would."""
@@ -177,7 +181,7 @@ class World:
             self.node.kill()
             self.node.start()
         else:
-            assert self.node.kill_worker(kind) or kind in ("image", "ops")
+            assert self.node.kill_worker(kind)
 
 
 @dataclass

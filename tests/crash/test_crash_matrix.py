@@ -68,8 +68,7 @@ def test_nothing_that_runs_notices_the_death_of(
     world: World, victim: str, operation: Operation, moment: float
 ) -> None:
     subject = operation.prepare(world)
-    if victim in ("image", "ops"):
-        world.wake(victim)
+    world.wake(victim)
     result = act_under_fire(world, operation, subject, victim, moment)
     operation.check(world, subject, result)
     world.check_witness()

@@ -19,7 +19,7 @@ from ipc.errors import RemoteError
 from ipc.loop import Loop
 from ipc.messages import control, storage
 from ipc.table import Handler, table
-from workers import boot
+from workers import boot, boot_aio
 
 CALLERS = frozenset({"root"})
 FAULTS = ("", "crash", "crash-late", "mute", "lie", "stderr", "flood", "fork", "bug", "slow-stop")
@@ -88,11 +88,11 @@ async def _run_aio(context: boot.Context[Any]) -> None:
         return _answer(context)
 
     handlers = table(Handler(storage.FsInfoGet, info, CALLERS))
-    await boot.serve_aio(context, handlers, idle_exit=context.settings.idle_exit)
+    await boot_aio.serve_aio(context, handlers, idle_exit=context.settings.idle_exit)
 
 
 async def _run_cri(context: boot.Context[Any]) -> None:
-    service = boot.AioService(context, {})
+    service = boot_aio.AioService(context, {})
     await service.start()
     path = f"{context.settings.bind_directory}/{os.getpid()}.sock"
     with socket.socket(socket.AF_UNIX) as sock:

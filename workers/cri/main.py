@@ -23,7 +23,7 @@ from ipc.messages import control
 from ipc.messages.cri import InfoGet
 from ipc.settings import CriSettings
 from ipc.table import Handler, Handlers, table
-from workers import boot
+from workers import boot, boot_aio
 from workers.cri.node import Node
 from workers.cri.peers import Peers
 from workers.cri.recovery import Recovery
@@ -115,7 +115,7 @@ def run(context: boot.Context[CriSettings], prepared: Prepared) -> None:
     loop.run_until_complete(Worker(context, prepared).run())
 
 
-class CriService(boot.AioService):
+class CriService(boot_aio.AioService):
     """Health answers name the RPCs in flight too."""
 
     front: Front

@@ -37,7 +37,7 @@ from ipc.messages.image import (
 )
 from ipc.settings import ImageSettings
 from ipc.table import Handler, Handlers, table
-from workers import boot
+from workers import boot, boot_aio
 from workers.image.blobs import Sink, fetch
 from workers.image.client import Tools, make_tools
 from workers.image.names import normalise
@@ -184,7 +184,7 @@ def run(context: boot.Context[ImageSettings], state: State) -> None:
 async def _serve(context: boot.Context[ImageSettings], state: State) -> None:
     service = Service(context.settings, state)
     try:
-        await boot.serve_aio(
+        await boot_aio.serve_aio(
             context,
             service.handlers(),
             on_reload=service.reload,

@@ -14,7 +14,7 @@ import msgspec
 
 from ipc.release import version
 from ipc.settings import OpsSettings
-from workers import boot
+from workers import boot, boot_aio
 from workers.ops import http1, metrics
 from workers.ops.server import HttpServer, Route
 from workers.ops.snapshot import Snapshot, Sources
@@ -83,7 +83,7 @@ def _json(body: dict[str, Any], snapshot: Snapshot) -> http1.Response:
 async def _serve(context: boot.Context[OpsSettings], release: str) -> None:
     sources = Sources(context.settings)
     server = HttpServer(Pages(sources, release).routes())
-    service = boot.AioService(
+    service = boot_aio.AioService(
         context,
         {},
         on_stop=lambda: server.close(GRACE),

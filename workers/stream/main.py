@@ -11,7 +11,7 @@ from ipc.aio import Call
 from ipc.messages import stream
 from ipc.settings import StreamSettings
 from ipc.table import ROOT, Handler, table
-from workers import boot
+from workers import boot, boot_aio
 
 
 def prepare(_context: boot.Context[StreamSettings]) -> None:
@@ -21,7 +21,7 @@ def prepare(_context: boot.Context[StreamSettings]) -> None:
 def run(context: boot.Context[StreamSettings], _state: None) -> None:
     """Inside the sandbox: serve until told to stop, or nobody asks any more."""
     handlers = table(Handler(stream.InfoGet, info_get, {ROOT}))
-    asyncio.run(boot.serve_aio(context, handlers, idle_exit=context.settings.idle_exit))
+    asyncio.run(boot_aio.serve_aio(context, handlers, idle_exit=context.settings.idle_exit))
 
 
 async def info_get(_call: Call, _body: stream.InfoGet) -> stream.StreamInfo:
