@@ -373,11 +373,21 @@ class Extractor:
     # -- metadata -------------------------------------------------------------------------------------
 
     def _describe(self, fd: int, entry: Entry) -> None:
-        os.fchown(fd, entry.uid, entry.gid)  # clears setuid and capabilities, so it goes first
+        late = self._early_xattrs(fd, entry) if entry.xattrs else ()
+        os.fchown(fd, entry.uid, entry.gid)  # clears setuid and capabilities
         os.fchmod(fd, entry.mode)
-        for name, value in self._wanted_xattrs(entry):
-            self._set_xattr(fd, name, value, entry, follow_symlinks=True)
+        for name, value in late:
+            self._set_xattr(fd, name, value, entry)
         os.utime(fd, ns=_times(entry))
+
+    def _early_xattrs(self, fd: int, entry: Entry) -> list[tuple[str, bytes]]:
+        """Set the user.* attributes, which need write permission: the file must still be ours. Returns the
+        others, which a change of owner or mode would clear."""
+        wanted = self._wanted_xattrs(entry)
+        for name, value in wanted:
+            if name.startswith("user."):
+                self._set_xattr(fd, name, value, entry)
+        return [(name, value) for name, value in wanted if not name.startswith("user.")]
 
     def _wanted_xattrs(self, entry: Entry) -> list[tuple[str, bytes]]:
         wanted = []
@@ -400,13 +410,11 @@ class Extractor:
         if wanted:
             os.fchdir(parent_fd)
             for name, value in wanted:
-                self._set_xattr(base, name, value, entry, follow_symlinks=False)
+                self._set_xattr(base, name, value, entry)
 
-    def _set_xattr(
-        self, target: int | bytes, name: str, value: bytes, entry: Entry, *, follow_symlinks: bool
-    ) -> None:
+    def _set_xattr(self, target: int | bytes, name: str, value: bytes, entry: Entry) -> None:
         try:
-            os.setxattr(target, name, value, follow_symlinks=follow_symlinks)
+            os.setxattr(target, name, value, follow_symlinks=isinstance(target, int))
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 raise invalid(f"cannot set {name!r} of {entry.shown!r}: {error.strerror}") from error
