@@ -164,16 +164,17 @@ class Transport:
     def get(self, url: str, headers: dict[str, str], *, insecure: bool = False) -> Answer:
         """GET, redirects followed. Raises Failure, Cancelled."""
         asked = origin = origin_of(url)
+        foreign = False
         for _ in range(MAX_REDIRECTS + 1):
             raw = self._get_once(url, origin, headers, insecure=insecure, redirected=origin != asked)
             location = raw.headers.get("location") if raw.status in REDIRECTS else None
             if location is None:
-                return self._answer(raw, origin, foreign=origin != asked)
+                return self._answer(raw, origin, foreign=foreign)
             _discard(raw)
-            url = urljoin(url, location)
-            origin = _redirected(origin, url, insecure=insecure)
-            if origin != asked:
+            url, origin = _redirected(origin, url, location, insecure=insecure)
+            if origin != asked and not foreign:
                 # For good: a way back over another origin is not ours any more.
+                foreign = True
                 headers = {name: value for name, value in headers.items() if name != "Authorization"}
         raise Failure(Code.UNAVAILABLE, f"{asked}: more than {MAX_REDIRECTS} redirects")
 
@@ -283,14 +284,18 @@ def _pool_classes(operation: Operation) -> dict[str, Any]:
     return {"http": PlainPool, "https": TlsPool}
 
 
-def _redirected(origin: Origin, url: str, *, insecure: bool) -> Origin:
+def _redirected(origin: Origin, url: str, location: str, *, insecure: bool) -> tuple[str, Origin]:
+    """Where a redirect leads. Raises Failure if it may not be followed."""
     try:
+        url = urljoin(url, location)
         target = origin_of(url)
+    except ValueError:
+        raise Failure(Code.UNAVAILABLE, f"{origin} redirects, but the URL is malformed") from None
     except Failure as failure:
         raise Failure(failure.code, f"{origin} redirects, but {failure.text}") from None
     if origin.scheme == "https" and target.scheme == "http" and not insecure:
         raise Failure(Code.UNAVAILABLE, f"{origin} redirects to plain HTTP at {target}, which is refused")
-    return target
+    return url, target
 
 
 #: What urllib3 raised -> sentence, whether trying again may help, how often at most. The first that fits.
