@@ -26,5 +26,7 @@ def enter() -> None:
     kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
     if os.path.ismount(UNIFIED):
         kernel.umount(UNIFIED)
+        # crun makes its directories there all the same: not in the file system below, which is the machine's
+        kernel.mount("none", UNIFIED, "tmpfs")
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     os.environ[_ENTERED] = os.readlink("/proc/self/ns/mnt")

@@ -21,14 +21,6 @@ RUNTIMES = ("crun", "runc")
 _BUSYBOX = Path("/bin/busybox")
 _APPLETS = ("sh", "cat", "ls", "mount", "unshare", "touch", "grep", "sleep", "tty", "true")
 TIMEOUT = 30
-#: crun before 1.9 refuses a node whose cgroup2 mount beside v1 has any controller (as hugetlb here); it is
-#: shown none, in a mount namespace of its own that otherwise shares everything with the machine's.
-_HIDE_UNIFIED = """
-mount --make-rprivate /sys
-if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
-exec "$@"
-"""
-_WITHOUT_UNIFIED = ("unshare", "--mount", "--propagation", "unchanged", "sh", "-ec", _HIDE_UNIFIED, "-")
 
 
 def busybox_rootfs(directory: Path) -> Path:
@@ -82,8 +74,7 @@ class Bundle:
 
     @property
     def _base(self) -> list[str]:
-        view = _WITHOUT_UNIFIED if self.runtime == "crun" else ()
-        return [*view, self.runtime, "--root", str(self.directory / "state")]
+        return [self.runtime, "--root", str(self.directory / "state")]
 
     def run(self, spec: bytes) -> Outcome:
         (self.directory / "config.json").write_bytes(spec)
