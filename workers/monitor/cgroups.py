@@ -37,7 +37,7 @@ def directory(controllers: str, path: str, mount: str = MOUNT) -> str:
     if controllers:
         return f"{mount}/{controllers.removeprefix('name=')}{path}"
     hybrid = f"{mount}/unified"
-    return f"{hybrid if os.path.isdir(hybrid) else mount}{path}"
+    return f"{hybrid if os.path.exists(f'{hybrid}/cgroup.controllers') else mount}{path}"
 
 
 class Cgroups:

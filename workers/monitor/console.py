@@ -6,6 +6,7 @@ The console socket: the OCI runtime connects and hands over the master of the co
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -44,7 +45,7 @@ class ConsoleSocket:
     def _readable(self) -> None:
         assert self._peer is not None
         try:
-            _, fds, _, _ = socket.recv_fds(self._peer, 4096, 4, socket.MSG_CMSG_CLOEXEC)
+            fds = _receive(self._peer)
         except BlockingIOError:
             return
         except OSError:
@@ -78,3 +79,13 @@ class ConsoleSocket:
             self._listener.close()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
+
+
+def _receive(peer: socket.socket) -> list[int]:
+    # Not socket.recv_fds: it forgets its flags, and the descriptor would be inherited.
+    fds = array.array("i")
+    _, ancillary, _, _ = peer.recvmsg(4096, socket.CMSG_SPACE(4 * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return fds.tolist()
