@@ -46,7 +46,7 @@ class Hierarchies:
     def roots(self) -> list[str]:
         """Mount points that our groups are made in, each once."""
         if self.version == 2:
-            return [self.mounts[""]]
+            return list(self.mounts.values())
         return list(dict.fromkeys(self.mounts[name] for name in CONTROLLERS if name in self.mounts))
 
 
@@ -145,7 +145,7 @@ class Groups:
     def _limit(self, path: str, limits: Limits) -> None:
         for controller, name, value in self._settings(limits):
             mounts = self.hierarchies.mounts
-            root = mounts[""] if self.hierarchies.version == 2 else mounts.get(controller)
+            root = mounts.get("" if self.hierarchies.version == 2 else controller)
             if root is None or controller not in self.hierarchies.controllers:
                 self._lack(f"cgroup controller {controller} is missing: its limits are not set")
             else:

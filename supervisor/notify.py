@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 
 class Notifier:
     """The service manager's ear. Takes NOTIFY_SOCKET and WATCHDOG_USEC out of the environment at start."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._address = environ.get("NOTIFY_SOCKET", "")
-        self.watchdog = _watchdog_seconds(environ)
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        # Taken out: an OCI runtime that inherits the socket would speak for us.
+        self._address = environ.pop("NOTIFY_SOCKET", "")
+        self.watchdog = _watchdog_seconds(environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", ""))
 
     def send(self, **fields: str) -> None:
         """Send assignments, such as READY="1", STATUS="...". Never blocks, never fails."""
@@ -35,10 +36,8 @@ class Notifier:
             sock.sendto(data, address)
 
 
-def _watchdog_seconds(environ: Mapping[str, str]) -> float:
+def _watchdog_seconds(wanted: str, pid: str) -> float:
     """The interval within which the manager wants a beat, 0 for none."""
-    wanted = environ.get("WATCHDOG_USEC", "")
-    pid = environ.get("WATCHDOG_PID", "")
     if not wanted.isdigit() or (pid and pid != str(os.getpid())):
         return 0.0
     return int(wanted) / 1e6

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ipc.blocking import Client
 from ipc.errors import Code, RemoteError
-from ipc.messages import monitor, storage
+from ipc.messages import Request, monitor, storage
 from ipc.messages import supervisor as messages
 from tests.support.leaks import mounts
 from tests.support.supervisor_process import CONFIG, REPOSITORY, Instance, eventually, running
@@ -239,13 +240,14 @@ def test_a_monitor_is_there_when_the_answer_comes_and_has_nothing_it_was_not_giv
 
 @pytest.mark.parametrize("bad", ["", "..", "a/b", ".hidden", "x" * 200])
 def test_an_id_that_is_no_file_name_is_refused(instance: Instance, bad: str) -> None:
+    requests: list[Request[Any]] = [
+        messages.MonitorStart(container_id=bad, pod_id=POD),
+        messages.MonitorRemove(container_id=bad),
+        messages.InitStart(pod_id=bad),
+        messages.InitStop(pod_id=bad),
+    ]
     with instance.client() as client:
-        for request in (
-            messages.MonitorStart(container_id=bad, pod_id=POD),
-            messages.MonitorRemove(container_id=bad),
-            messages.InitStart(pod_id=bad),
-            messages.InitStop(pod_id=bad),
-        ):
+        for request in requests:
             with pytest.raises(RemoteError) as caught:
                 client.call(request)
             assert caught.value.code is Code.INVALID_ARGUMENT

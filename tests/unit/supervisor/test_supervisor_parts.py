@@ -1,0 +1,254 @@
+"""Small parts of the supervisor: notify, log sink, sockets, locks, host facts, tally, trees of files."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from ipc.errors import RemoteError
+from ipc.log import Log
+from ipc.loop import Loop
+from supervisor import directories, files, held, hostinfo, sockets
+from supervisor.config import Config, RuntimeConfig
+from supervisor.logsink import BURST, LogSink
+from supervisor.notify import Notifier
+from supervisor.tally import KEPT, Tally, describe
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# -- notify --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(tmp_path: Path, abstract: bool) -> None:
+    address = f"@bulkhead-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind("\0" + address[1:] if abstract else address)
+        Notifier({"NOTIFY_SOCKET": address}).send(READY="1", STATUS="all is well")
+        assert sock.recv(200) == b"READY=1\nSTATUS=all is well"
+
+
+def test_nobody_to_tell_is_no_error(tmp_path: Path) -> None:
+    Notifier({}).send(READY="1")
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "none")}).send(READY="1")
+
+
+def test_the_watchdog_is_ours_or_nobodys() -> None:
+    assert Notifier({"WATCHDOG_USEC": "2000000"}).watchdog == 2.0
+    assert Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": str(os.getpid())}).watchdog == 2.0
+    assert Notifier({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog == 0.0
+    assert Notifier({"WATCHDOG_USEC": "soon"}).watchdog == 0.0
+
+
+def test_the_environment_of_children_has_no_notify_socket() -> None:
+    environ = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "PATH": "/bin"}
+    Notifier(environ)
+    assert environ == {"PATH": "/bin"}
+
+
+# -- log sink --------------------------------------------------------------------------------
+
+
+def sink_of(tmp_path: Path, clock: Clock) -> tuple[Loop, LogSink, Path]:
+    loop, out = Loop(), tmp_path / "out"
+    fd = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    return loop, LogSink(loop, str(tmp_path / "log.sock"), {os.getuid()}, out_fd=fd, clock=clock), out
+
+
+def test_a_line_bears_the_pid_that_the_kernel_vouches_for(tmp_path: Path) -> None:
+    loop, sink, out = sink_of(tmp_path, Clock())
+    Log("cri", sink=str(tmp_path / "log.sock")).info("hello", key="a b")
+    loop.turn(1)
+    line = out.read_text()
+    assert 'level=info worker=cri msg=hello key="a b" pid=' in line
+    assert line.endswith(f" pid={os.getpid()}\n")
+    sink.close()
+
+
+def test_one_packet_is_one_line_whatever_is_in_it(tmp_path: Path) -> None:
+    _, sink, out = sink_of(tmp_path, Clock())
+    sink.line(7, b"a\nforged=1\r\x1b[2J\x00")
+    assert out.read_bytes() == b"a?forged=1??[2J? pid=7\n"
+    sink.close()
+
+
+def test_a_flood_is_cut_and_counted_and_others_are_not_hit(tmp_path: Path) -> None:
+    clock = Clock()
+    _, sink, out = sink_of(tmp_path, clock)
+    for _ in range(int(BURST) + 50):
+        sink.line(7, b"x")
+    sink.line(8, b"y")
+    assert out.read_text().count("x pid=7") == int(BURST)
+    assert out.read_text().count("y pid=8") == 1
+    clock.now += 1.0
+    sink.line(7, b"z")
+    assert out.read_text().endswith("z pid=7 lines_suppressed=50\n")
+    sink.close()
+
+
+def test_a_full_pipe_costs_lines_and_no_time(tmp_path: Path) -> None:
+    loop = Loop()
+    read_fd, write_fd = os.pipe()
+    sink = LogSink(loop, str(tmp_path / "log.sock"), set(), out_fd=write_fd, clock=Clock())
+    for _ in range(200):
+        sink.line(7, b"x" * 1000)
+    assert sink.dropped > 0
+    os.close(read_fd)
+    sink.line(7, b"nobody reads")
+    sink.close()
+
+
+# -- sockets --------------------------------------------------------------------------------
+
+
+def test_an_access_list_names_its_users_and_nobody_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch(0o600)
+    sockets.allow(str(path), [64101, 64104])
+    assert os.getxattr(path, "system.posix_acl_access") == sockets.access_list([64104, 64101])
+    assert path.stat().st_mode & 0o007 == 0
+
+
+def bound(directory: Path, name: str = "s") -> str:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(directory / name))
+    return str(directory / name)
+
+
+def test_a_bound_socket_is_published_over_the_old_one(tmp_path: Path) -> None:
+    private = tmp_path / "bind"
+    private.mkdir()
+    public = tmp_path / "public.sock"
+    public.write_text("old")
+    sockets.publish(bound(private), str(private), str(public))
+    assert public.is_socket()
+    assert public.stat().st_mode & 0o777 == 0o660
+    assert list(private.iterdir()) == []
+
+
+def test_only_a_socket_in_the_private_directory_is_published(tmp_path: Path) -> None:
+    private = tmp_path / "bind"
+    private.mkdir()
+    public = tmp_path / "public.sock"
+    (private / "file").write_text("x")
+    (private / "dir").mkdir()
+    (private / "link").symlink_to("/etc/passwd")
+    for path in (
+        bound(tmp_path),
+        f"{private}/file",
+        f"{private}/dir",
+        f"{private}/link",
+        f"{private}/none",
+        f"{private}/..",
+    ):
+        with pytest.raises(RemoteError):
+            sockets.publish(path, str(private), str(public))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bind", "s"]
+    assert os.path.exists("/etc/passwd")
+
+
+# -- locks and directories -------------------------------------------------------------------------
+
+
+def test_a_second_lock_on_a_directory_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
+    first, second = directories.Locks(), directories.Locks()
+    first.take(str(tmp_path))
+    with pytest.raises(directories.InstanceRunning, match=rf"pid {os.getpid()}"):
+        second.take(str(tmp_path))
+    first.release()
+    second.take(str(tmp_path))
+    second.release()
+
+
+def test_held_means_alive_and_the_holder_is_who_it_says(tmp_path: Path) -> None:
+    directory = str(tmp_path)
+    assert not held.is_held(directory)
+    fd = held.acquire(directory)
+    assert fd is not None
+    assert held.acquire(directory) is None
+    assert held.holder(directory) == 0
+    held.write_holder(fd, os.getpid())
+    assert held.holder(directory) == os.getpid()
+    os.pwrite(fd, f"{os.getpid()} 1\n".encode().ljust(40), 0)
+    assert held.holder(directory) == 0
+    os.close(fd)
+    assert not held.is_held(directory)
+
+
+def test_a_tree_is_removed_without_following_links(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    tree = tmp_path / "tree"
+    (tree / "a/b").mkdir(parents=True)
+    (tree / "a/file").write_text("x")
+    (tree / "a/link").symlink_to(outside)
+    files.remove_tree(str(tree))
+    files.remove_tree(str(tree))
+    assert not tree.exists()
+    assert (outside / "kept").is_dir()
+    link = tmp_path / "link"
+    link.symlink_to(outside)
+    files.remove_tree(str(link))
+    assert (outside / "kept").is_dir()
+
+
+def test_a_program_is_found_like_a_shell_finds_it(tmp_path: Path) -> None:
+    (tmp_path / "tool").write_text("")
+    assert files.find_program("tool", f"/none:{tmp_path}") == ""
+    (tmp_path / "tool").chmod(0o755)
+    assert files.find_program("tool", f"/none:{tmp_path}") == f"{tmp_path}/tool"
+
+
+# -- host facts and tally --------------------------------------------------------------------------
+
+RUNC = {
+    "ociVersionMax": "1.1.0",
+    "mountOptions": ["ro", "rro"],
+    "linux": {"mountExtensions": {"idmap": {"enabled": True}}},
+}
+
+
+def test_a_runtimes_features_are_read_as_the_specification_writes_them() -> None:
+    config = Config(runtimes={"runc": RuntimeConfig(path="/r")}, default_runtime="runc")
+    info = hostinfo.runtime_info(config, "runc", "1.2", RUNC)
+    assert (info.known, info.recursive_read_only, info.idmap) == (True, True, True)
+    assert (info.oci_version_max, info.default) == ("1.1.0", True)
+
+
+@pytest.mark.parametrize("features", [None, {}, {"mountOptions": 3, "linux": []}])
+def test_a_runtime_that_says_little_or_nonsense_is_taken_as_old(features: dict[str, object] | None) -> None:
+    config = Config(runtimes={"crun": RuntimeConfig(path="/c")})
+    info = hostinfo.runtime_info(config, "crun", "", features)
+    assert (info.recursive_read_only, info.idmap, info.oci_version_max) == (False, False, "1.0.2")
+
+
+@pytest.mark.parametrize(
+    ("output", "version"),
+    [("crun version 1.8.1\ncommit: x\n", "1.8.1"), ("runc version 1.1.5+ds1\n", "1.1.5+ds1"), ("?", "")],
+)
+def test_a_version_is_found_in_the_first_line(output: str, version: str) -> None:
+    assert hostinfo.version_of(output) == version
+
+
+def test_the_tally_keeps_the_last_deaths_in_order(tmp_path: Path) -> None:
+    tally = Tally(str(tmp_path))
+    for number in range(KEPT + 5):
+        tally.add("cri", number, describe(-9, 1.2), "why\nnot")
+    lines = tally.read("cri")
+    assert len(lines) == KEPT
+    assert lines[-1].startswith(f"pid {KEPT + 4}: signal 9 (SIGKILL) at ")
+    assert lines[-1].endswith("after 1 s: why not")
+
+
+def test_deaths_are_described_for_people() -> None:
+    assert describe(3, 0).startswith("status 3 at ")
+    assert describe(-64, 0).startswith("signal 64")
