@@ -107,4 +107,4 @@ def _allow(ruleset: int, bind: Bind, handled: int) -> None:
 def _lacking(version: int) -> list[str]:
     gaps = {3: "truncation", _ABI_TCP: "TCP", 5: "device ioctls", _ABI_SCOPES: "signals and abstract sockets"}
     missing = [what for needed, what in gaps.items() if version < needed]
-    return [f"landlock: ABI {version} of this kernel does not cover {', '.join(missing)}"] if missing else []
+    return [f"landlock ABI {version}: does not cover {', '.join(missing)}"] if missing else []

@@ -90,3 +90,9 @@ def test_users_are_changed_in_the_files_meant_for_it() -> None:
             node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
         }
         assert not names & {"setuid", "setresuid", "setgroups", "fork"}, path.name
+
+
+def test_the_page_on_the_sandbox_names_every_capability_and_list() -> None:
+    page = (Path(package.__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    kept = {name for entry in TABLE.values() if entry.sandbox for name in entry.sandbox.capabilities}
+    assert [name for name in sorted({*kept, *LISTS}) if name not in page] == []

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipc import confine, seccomp, syscall_groups, syscalls
-from ipc.seccomp import ALLOW, KILL_PROCESS, SELF, Policy, Check, assemble, one_of, refuse
+from ipc.seccomp import ALLOW, KILL_PROCESS, SELF, Check, Policy, assemble, one_of, refuse
 from supervisor.sandbox.seccomp import LISTS
 
 PID = 4711
