@@ -22,7 +22,7 @@ from ipc import kernel
 from ipc.errors import Code, RemoteError, internal
 
 from .database import LayerRow
-from .extract import LayerReport
+from .report import LayerReport
 from .whiteouts import OPAQUE_XATTR
 
 MAX_REPORT = 256 * 1024 * 1024

@@ -33,6 +33,7 @@ from workers.jobs import Job, Jobs
 from . import mounts, users
 from .commit import copy_looks
 from .database import Database
+from .devices import examine_devices, read_profile
 from .images import Images
 from .layers import Layers, LowerLayer
 from .mounts import Progress
@@ -108,11 +109,14 @@ class Containers:
                 call.reply(msgspec.convert(outcome, ContainerRootfs))
                 done()
                 return
-            call.fail(outcome)
             if new:
-                self._dismantle(body.container_id, plan, lambda _: done())
+                self._dismantle(body.container_id, plan, lambda _: failed(outcome))
             else:
-                done()
+                failed(outcome)
+
+        def failed(error: RemoteError) -> None:
+            call.fail(error)
+            done()
 
         finish = _once(ended)
         job = self._jobs.start(build, plan, body, progress, on_done=finish, name="create container")
@@ -254,6 +258,8 @@ def _answer(call: Call, outcome: Any) -> None:
 def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> ContainerRootfs:
     """Make the root file system; done again, it finds what is there. Raises RemoteError, OSError."""
     infos = [mounts.examine_source(source, progress) for source in body.mounts]
+    devices = examine_devices(body.devices, progress, every=body.all_devices)
+    profile = read_profile(body.seccomp_profile, progress)
     progress.at("the container's root file system")
     rootfs = Path(plan.mounted, "rootfs")
     rootfs.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -273,6 +279,8 @@ def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> Con
         home=user.home,
         user_name=user.name,
         mounts=infos,
+        devices=devices,
+        seccomp_profile=profile,
     )
 
 

@@ -28,11 +28,11 @@ from collections.abc import Callable
 
 from ipc import kernel
 from ipc.errors import Code, RemoteError, invalid
-from ipc.messages import Body
 
 from . import tarstream, whiteouts
-from .tarstream import Entry, TarReader, shown
-from .whiteouts import Meaning
+from .report import LayerReport
+from .tarstream import Entry, TarReader
+from .whiteouts import Meaning, shown
 
 MAX_LINK_HOPS = 40
 #: Directories of the same layer that later entries may replace; each costs a walk.
@@ -53,19 +53,6 @@ _DEVICE_BITS = {
     tarstream.BLOCK_DEVICE: stat.S_IFBLK,
     tarstream.FIFO: stat.S_IFIFO,
 }
-
-
-class LayerReport(Body):
-    """What an unpack child says of its tree. Paths are relative to the layer's root, "" is the root."""
-
-    size: int  # bytes on disk
-    entries: int
-    implied: list[bytes] = []  # directories that no entry describes
-    opaque: list[bytes] = []  # directories that hide what lies below
-    ignored_xattrs: list[str] = []
-    diff_id: str = ""
-    blob_digest: str = ""
-    blob_size: int = 0
 
 
 def split(name: bytes) -> list[bytes]:

@@ -10,7 +10,6 @@ listed, not found) so that it is pulled again; its other layers stay while conta
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sqlite3
 import time
@@ -33,7 +32,7 @@ from ipc.serve import Call
 
 from .database import Database
 from .layers import Layers
-from .paths import checked_digest
+from .paths import checked_digest, digest_of
 
 _ID_PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{3,64})")
 MAX_REFERENCES = 4096
@@ -60,8 +59,7 @@ class Images:
 
     def _check(self, image: ImageRecord) -> None:
         checked_digest(image.id, "image")
-        algorithm = image.id.partition(":")[0]
-        if image.id != f"{algorithm}:{hashlib.new(algorithm, image.config).hexdigest()}":
+        if image.id != digest_of(image.config, image.id.partition(":")[0]):
             raise RemoteError(Code.DATA_LOSS, f"image id {image.id} is not the digest of its config")
         if len(image.names) + len(image.digests) > MAX_REFERENCES or "" in image.names + image.digests:
             raise invalid(f"image {image.id}: empty or too many names")

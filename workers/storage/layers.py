@@ -10,7 +10,6 @@ while it may belong to a pull that is going on: begin and commit lease it for a 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ from workers.jobs import Job, Jobs
 
 from .commit import DESCRIPTION, DIFF, commit_layer
 from .database import Database, LayerRow
-from .paths import Paths, checked_digest
+from .paths import Paths, checked_digest, digest_of
+from .report import Blob, Limits
 from .trees import delete_trees
-from .unpack import Blob, Limits, unpack_child
 
 LEASE = 600.0
 PIPE_SIZE = 1024 * 1024
@@ -127,7 +126,7 @@ class Layers:
             lowest=not body.parent,
         )
         return self._jobs.start(
-            unpack_child,
+            _unpack,
             read_fd,
             str(staging.directory),
             blob,
@@ -361,6 +360,13 @@ class Layers:
             self._jobs.start(delete_trees, doomed, trash, on_done=_deleted, name="delete trees")
 
 
+def _unpack(pipe_fd: int, directory: str, blob: Blob, limits: Limits) -> None:
+    """The child loads what only it needs: the idle worker stays small."""
+    from .unpack import unpack_child
+
+    unpack_child(pipe_fd, directory, blob, limits)
+
+
 def _moved(source: Path, target: Path) -> bool:
     try:
         source.rename(target)
@@ -378,7 +384,7 @@ def chain_id_of(parent: str, diff_id: str) -> str:
     """OCI image-spec, config.md, "Layer ChainID"."""
     if not parent:
         return diff_id
-    return f"sha256:{hashlib.sha256(f'{parent} {diff_id}'.encode()).hexdigest()}"
+    return digest_of(f"{parent} {diff_id}".encode())
 
 
 def _chain_id(directory: Path) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from ipc.errors import RemoteError, invalid
 
+from .whiteouts import shown
+
 BLOCK = 512
 #: A PAX or GNU extension header; Linux allows 64 KiB per extended attribute, 4 KiB per path.
 MAX_EXTENSION = 1024 * 1024
@@ -66,12 +68,6 @@ class _Extension:
     name: bytes | None = None
     link: bytes | None = None
     size: int = 0  # bytes of all of them
-
-
-def shown(name: bytes) -> str:
-    """A name from an archive, made fit for a log line."""
-    text = name[:200].decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Input:

@@ -24,11 +24,11 @@ import msgspec
 from ipc import kernel, log
 from ipc.confine import confine
 from ipc.errors import Code, RemoteError
-from ipc.messages import Body
 
 from . import decompress
 from .decompress import HashedSource
-from .extract import Extractor, LayerReport
+from .extract import Extractor
+from .report import Blob, LayerReport, Limits
 from .tarstream import Input, TarReader
 
 #: CHOWN, MKNOD, SETFCAP: what archives contain. FOWNER, FSETID: modes and times of files given away.
@@ -39,25 +39,6 @@ QUEUED_CHUNKS = 8
 THREAD_STACK = 256 * 1024
 #: A ratio means nothing for small layers: a file of zeros packs a thousandfold.
 RATIO_FLOOR = 256 * 1024 * 1024
-
-
-class Blob(Body):
-    """One layer's blob and what it must turn out to be."""
-
-    chain_id: str
-    diff_id: str
-    digest: str
-    size: int
-    lowest: bool = False
-
-
-class Limits(Body):
-    """How much one layer may be."""
-
-    max_entries: int
-    max_bytes: int
-    max_ratio: int
-    uid: int = 0
 
 
 class _Closed(Exception):

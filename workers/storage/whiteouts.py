@@ -16,13 +16,17 @@ import stat
 
 from ipc.errors import invalid
 
-from .tarstream import shown
-
 PREFIX = b".wh."
 META_PREFIX = b".wh..wh."
 OPAQUE_NAME = b".wh..wh..opq"
 OPAQUE_XATTR = "trusted.overlay.opaque"
 DEVICE = os.makedev(0, 0)
+
+
+def shown(name: bytes) -> str:
+    """A name from an archive, made fit for a log line."""
+    text = name[:200].decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Meaning(enum.Enum):
