@@ -90,7 +90,7 @@ class Front:
             finally:
                 self._streams.discard(task)
 
-        rows = {method: grpc.unary_stream_rpc_method_handler(serve)}
+        rows: dict[str, Any] = {method: grpc.unary_stream_rpc_method_handler(serve)}
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
 
     def _row(self, method: Any, handler: Handler | None) -> grpc.RpcMethodHandler[Any, Any]:

@@ -1,0 +1,103 @@
+"""The state file: what is written is there after a crash, names are owned, boots are told apart."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from ipc.errors import Code, RemoteError
+from ipc.messages.monitor import ExitRecord
+from tests.support.cri_world import container_config, pod_config
+from workers.cri.names import new_id
+from workers.cri.state import ContainerRecord, Phase, Pod, PodRecord, Store, WrongSchema
+
+
+def open_store(tmp_path: Path, boot_id: str = "boot") -> Store:
+    return Store(str(tmp_path / "state.db"), boot_id)
+
+
+def add_pod(store: Store, name: str = "pod") -> Pod:
+    return store.add_pod(PodRecord(id=new_id(), created_at_ns=1, handler=""), pod_config(name))
+
+
+def test_pods_containers_and_intents_survive_a_crash(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    pod.record.phase, pod.record.ips = Phase.READY, ["10.0.0.1"]
+    store.save_pod(pod, done="pod.run")
+    record = ContainerRecord(id=new_id(), pod_id=pod.id, created_at_ns=2)
+    container = store.add_container(record, container_config())
+    container.record.exit = ExitRecord(container_id=container.id, exit_code=3)
+    store.save_container(container)
+    store.save_spec(container.id, b"{}")
+    store.begin(container.id, "container.stop", {"grace": "5.0"})
+
+    again = open_store(tmp_path)  # the first was never closed
+    assert again.pods[pod.id].record == pod.record
+    assert again.pods[pod.id].config == pod.config
+    assert again.containers[container.id].record == container.record
+    assert again.spec(container.id) == b"{}"
+    kinds = {(intent.subject, intent.kind) for intent in again.intents()}
+    assert kinds == {(container.id, "container.create"), (container.id, "container.stop")}
+    assert again.container_named(container.name) is again.containers[container.id]
+
+
+def test_another_boot_forgets_everything(tmp_path: Path) -> None:
+    add_pod(open_store(tmp_path))
+    store = open_store(tmp_path, "another boot")
+    assert not store.pods
+    assert not store.intents()
+    assert not open_store(tmp_path, "another boot").pods
+
+
+def test_a_file_of_another_schema_is_not_touched(tmp_path: Path) -> None:
+    add_pod(open_store(tmp_path))
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
+    with pytest.raises(WrongSchema):
+        open_store(tmp_path)
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        assert db.execute("SELECT count(*) FROM pods").fetchone() == (1,)
+
+
+def test_a_name_is_free_as_soon_as_its_owner_is_gone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    first = add_pod(store)
+    assert store.pod_named(first.name) is first
+    first.record.phase = Phase.GONE
+    store.save_pod(first)
+    assert store.pod_named(first.name) is None
+    second = add_pod(store)
+    assert open_store(tmp_path).pod_named(second.name) is not None
+    store.drop_pod(first)  # the reaper is done: the new owner keeps the name
+    assert store.pod_named(second.name) is second
+
+
+def test_what_is_being_made_or_removed_is_hidden(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    assert store.match_pods("") == []
+    pod.record.phase = Phase.READY
+    store.save_pod(pod)
+    assert store.match_pods("") == [pod]
+    assert store.match_pods(pod.id[:5]) == [pod]
+    pod.record.phase = Phase.GONE
+    assert store.match_pods("") == []
+
+
+def test_unknown_ids_are_not_found(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for look in (store.need_pod, store.need_container, store.spec):
+        with pytest.raises(RemoteError) as caught:
+            look("abc")
+        assert caught.value.code is Code.NOT_FOUND
+
+
+def test_a_removed_pod_is_not_written_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    store.drop_pod(pod)
+    store.save_pod(pod)
+    assert not open_store(tmp_path).pods
