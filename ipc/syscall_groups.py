@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import termios
 
-from ipc.seccomp import SELF, Conditions, Check, one_of
+from ipc.seccomp import SELF, Check, Conditions, one_of
 
 
 def _words(text: str) -> frozenset[str]:
