@@ -159,6 +159,11 @@ class World:
 
     # -- the victims ----------------------------------------------------------------------------------
 
+    def recovered(self) -> None:
+        """Wait until the CRI socket answers again."""
+        wait_for(self.node.answers, "cri answers again")
+        self.patient(self.pods)
+
     def wake(self, kind: str) -> None:
         """Make sure that a worker runs: ask for an on-demand one, wait for one that was killed just now."""
         if kind == "ops":

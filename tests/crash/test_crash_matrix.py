@@ -88,7 +88,9 @@ def act_under_fire(world: World, operation: Operation, subject: str, victim: str
         )
         time.sleep(moment)
         world.kill(victim)
-        return acting.result(90)
+        result = acting.result(90)
+    world.recovered()
+    return result
 
 
 def test_after_the_death_of_cri_the_socket_answers_within_a_second(world: World) -> None:
@@ -133,6 +135,7 @@ def test_a_burst_of_deaths_of_every_worker_at_once_is_survived(world: World) -> 
     for thread in threads:
         thread.join()
     pod = world.patient(lambda: world.run_pod("burst"))
+    world.recovered()
     world.check_witness()
     world.stop_pod(pod)
     world.remove_pod(pod)
