@@ -56,7 +56,8 @@ class Monitors:
             raise precondition(f"container {container_id} has an exit record: it ended")
         os.makedirs(directory, mode=0o750, exist_ok=True)
         os.chown(directory, 0, self._cri.gid)
-        os.chmod(directory, 0o750)  # noqa: S103 - cri, and nobody else, may reach ctl.sock
+        # cri, and nobody else, may reach ctl.sock; records made here are of its group, so that it reads them.
+        os.chmod(directory, 0o2750)  # noqa: S103
         lock_fd = held.acquire(directory)
         if lock_fd is None:
             return held.holder(directory)
