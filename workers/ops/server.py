@@ -62,7 +62,7 @@ class HttpServer:
         try:
             response = _crowded() if crowded else await self._response(reader)
             if response is not None:
-                await _send(writer, response)
+                await _send(reader, writer, response)
         except ConnectionError:
             pass  # the client went away: nobody is left to tell
         except Exception as error:  # noqa: BLE001 - a bug of ours: told to the owner, who ends the process
@@ -103,11 +103,16 @@ def _crowded() -> http1.Response:
     return http1.refusal(http1.Refused(HTTPStatus.SERVICE_UNAVAILABLE, text))
 
 
-async def _send(writer: asyncio.StreamWriter, response: http1.Response) -> None:
-    """Write a response and wait until the client has taken it, or has taken too long."""
-    writer.write(http1.render(response))
-    writer.write_eof()
+async def _send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, response: http1.Response) -> None:
+    """Write a response and wait until the client has taken it and closed, or has taken too long.
+
+    What the client sends meanwhile is read and dropped: closing over unread bytes would reset the connection,
+    and the response could be lost with it.
+    """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(READ_TIMEOUT):
-            writer.close()
-            await writer.wait_closed()
+            writer.write(http1.render(response))
+            writer.write_eof()
+            await writer.drain()
+            while await reader.read(http1.HEAD_LIMIT):
+                pass
