@@ -22,6 +22,7 @@ from typing import TypeVar
 import msgspec
 import urllib3
 
+from ipc import log
 from ipc.aio import Call
 from ipc.errors import invalid
 from ipc.messages import Empty
@@ -46,6 +47,7 @@ from workers.image.proxies import Proxies, from_environment
 from workers.image.resolve import resolve
 
 THREADS = 64
+WATCH_INTERVAL = 1.0  # seconds
 #: What the C library and Python load at first use, which a shut sandbox cannot.
 _PRELOADED = (encodings.idna, concurrent.futures.thread)
 CALLERS = frozenset({"cri"})
@@ -70,6 +72,8 @@ class Service:
         self._tools = make_tools(settings, state.proxies)
         self._threads = concurrent.futures.thread.ThreadPoolExecutor(THREADS, thread_name_prefix="download")
         self._running: set[Operation] = set()
+        self._files = files_of(settings)
+        self._outdated = False
 
     @property
     def busy(self) -> bool:
@@ -152,13 +156,39 @@ class Service:
             on_cancel()
             raise
 
-    def reload(self, settings: bytes) -> None:
-        """Take new settings; what runs finishes with the old ones."""
-        self._tools = make_tools(msgspec.msgpack.decode(settings, type=ImageSettings), self._state.proxies)
+    def reload(self, data: bytes) -> None:
+        """Take new settings; what runs finishes with the old ones. Other files are another worker's."""
+        settings = msgspec.msgpack.decode(data, type=ImageSettings)
+        self._outdated = self._outdated or files_of(settings) != self._files
+        self._tools = make_tools(settings, self._state.proxies)
+
+    async def until_outdated(self) -> None:
+        """Return when this worker no longer sees the files that it should, and nothing runs.
+
+        Its mount view has files as they were bound at its start. One that was replaced since, as editors
+        and configuration tools do, shows by having no name left; the next worker sees the new one.
+        """
+        while self.busy or not (self._outdated or any(map(is_replaced, self._files))):
+            await asyncio.sleep(WATCH_INTERVAL)
+        log.get().info("configuration files were replaced, a new worker will read them")
 
     def close(self) -> None:
         """Let the threads end; all operations have been cancelled by now."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def files_of(settings: ImageSettings) -> list[str]:
+    """The files and directories that come from the host."""
+    files = [settings.registries_conf, settings.registries_conf_dir, settings.auth_file, *settings.certs_dirs]
+    return [path for path in files if path]
+
+
+def is_replaced(path: str) -> bool:
+    """Whether what is seen at a path is no longer there for anybody else."""
+    try:
+        return os.stat(path).st_nlink == 0
+    except OSError:
+        return False  # it was not there at the start
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[A], object], argument: A) -> None:
@@ -183,13 +213,22 @@ def run(context: boot.Context[ImageSettings], state: State) -> None:
 
 async def _serve(context: boot.Context[ImageSettings], state: State) -> None:
     service = Service(context.settings, state)
+    front = boot_aio.AioService(
+        context,
+        service.handlers(),
+        on_reload=service.reload,
+        busy=lambda: service.busy,
+        idle_exit=context.settings.idle_exit,
+    )
+    await front.start()
+    watch = asyncio.create_task(_watch(service, front))
     try:
-        await boot_aio.serve_aio(
-            context,
-            service.handlers(),
-            on_reload=service.reload,
-            busy=lambda: service.busy,
-            idle_exit=context.settings.idle_exit,
-        )
+        await front.wait()
     finally:
+        watch.cancel()
         service.close()
+
+
+async def _watch(service: Service, front: boot_aio.AioService) -> None:
+    await service.until_outdated()
+    front.stop()
