@@ -231,7 +231,8 @@ class Node:
         watched = [self.run_root / name for name in ("ns", "monitors", "pods", "containers", "inits")]
         for directory in [*watched, self.state / "containers", self.state / "staging"]:
             for entry in os.listdir(directory) if directory.is_dir() else []:
-                yield f"{directory.name} {entry}"
+                if not entry.startswith("."):  # inits/.empty, the root of all inits
+                    yield f"{directory.name} {entry}"
         network = self.run_root / "net"
         for path in network.glob("*.json") if network.is_dir() else []:
             yield f"network record {path.name}"

@@ -19,7 +19,7 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.output import as_data, duration, print_json, print_table, size
+from supervisor.cli.ctl.output import as_data, duration, print_json, print_table, short, size
 
 
 def register(commands: Commands) -> None:
@@ -140,7 +140,7 @@ def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:
     up = duration(time.time() - worker.started_at_ns / 1e9) if worker.started_at_ns else "-"
     caps = "-" if worker.sandbox is None else str(len(worker.sandbox.capabilities))
     return (
-        worker.name,
+        _name(worker),
         str(worker.pid or "-"),
         worker.state,
         up if worker.pid else "-",
@@ -153,6 +153,12 @@ def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:
         _requests(worker),
         worker.last_death or "-",
     )
+
+
+def _name(worker: WorkerState) -> str:
+    """A monitor's or an init's name with the id as short as in other tables."""
+    kind, _, identity = worker.name.partition(" ")
+    return f"{kind} {short(identity)}" if identity else kind
 
 
 def _requests(worker: WorkerState) -> str:
