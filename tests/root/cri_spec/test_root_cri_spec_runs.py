@@ -29,6 +29,7 @@ from workers.cri.spec import SpecInputs, build, exec_process
 from workers.cri.spec.capabilities import DEFAULT
 
 Security = api_pb2.LinuxContainerSecurityContext
+RUNTIME_DEFAULT = api_pb2.SecurityProfile(profile_type=api_pb2.SecurityProfile.RuntimeDefault)
 
 
 @dataclasses.dataclass
@@ -126,8 +127,8 @@ def capability_names(text: str, field: str) -> set[str]:
     return {f"CAP_{name}" for name in host_capabilities.from_mask(int(status(text, field), 16))}
 
 
-def test_default_container_has_default_capabilities_and_a_filter(stage: Stage) -> None:
-    text = stage.shell("cat /proc/self/status")
+def test_default_container_has_default_capabilities_and_the_default_filter(stage: Stage) -> None:
+    text = stage.shell("cat /proc/self/status", security=Security(seccomp=RUNTIME_DEFAULT))
     for field in ("CapEff", "CapPrm", "CapBnd"):
         assert capability_names(text, field) == set(DEFAULT)
     assert capability_names(text, "CapInh") == capability_names(text, "CapAmb") == set()
@@ -226,7 +227,12 @@ def test_no_new_privs_holds(stage: Stage) -> None:
 
 
 def test_default_filter_refuses_mount_and_unshare_with_eperm(stage: Stage) -> None:
-    done = stage.run("/bin/sh", "-c", "mount -t tmpfs x /tmp; unshare -n true; unshare -U true")
+    done = stage.run(
+        "/bin/sh",
+        "-c",
+        "mount -t tmpfs x /tmp; unshare -n true; unshare -U true",
+        security=Security(seccomp=RUNTIME_DEFAULT),
+    )
     lines = done.stderr.splitlines()
     assert len(lines) == 3, done.stderr
     assert all("permission denied" in line or "not permitted" in line for line in lines), done.stderr
@@ -271,7 +277,8 @@ def python_mounts(stage: Stage) -> dict[str, Any]:
 
 
 def test_default_filter_answers_each_kind_of_call_as_its_table_says(stage: Stage) -> None:
-    done = stage.run("/usr/bin/python3", "-IS", "-c", PROBE, **python_mounts(stage))
+    security = Security(seccomp=RUNTIME_DEFAULT)
+    done = stage.run("/usr/bin/python3", "-IS", "-c", PROBE, security=security, **python_mounts(stage))
     answers = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert answers == {
         "clone-newuser": "EPERM",
@@ -287,9 +294,10 @@ def test_default_filter_answers_each_kind_of_call_as_its_table_says(stage: Stage
 
 
 def test_unconfined_container_has_no_filter(stage: Stage) -> None:
-    profile = api_pb2.SecurityProfile(profile_type=api_pb2.SecurityProfile.Unconfined)
-    text = stage.shell("cat /proc/self/status", security=Security(seccomp=profile))
-    assert status(text, "Seccomp") == "0"
+    unconfined = api_pb2.SecurityProfile(profile_type=api_pb2.SecurityProfile.Unconfined)
+    for security in (Security(seccomp=unconfined), Security()):
+        text = stage.shell("cat /proc/self/status", security=security)
+        assert status(text, "Seccomp") == "0"
 
 
 def test_profile_of_the_node_is_applied(stage: Stage) -> None:
@@ -367,7 +375,8 @@ def test_limits_stand_in_the_cgroup_and_are_seen_inside(stage: Stage) -> None:
 
 
 def test_exec_has_the_rights_of_the_container(stage: Stage) -> None:
-    config = make.container(Security(no_new_privs=True), command=["/bin/sleep", "60"])
+    security = Security(no_new_privs=True, seccomp=RUNTIME_DEFAULT)
+    config = make.container(security, command=["/bin/sleep", "60"])
     made = build(stage.inputs(config))
     stage.bundle.create(made.spec)
     stage.bundle.start()

@@ -254,7 +254,6 @@ def test_request_to_storage_carries_what_must_be_resolved() -> None:
         supplemental_groups=[7],
         supplemental_groups_policy=api_pb2.Strict,
         readonly_rootfs=True,
-        privileged=True,
         seccomp=profile,
     )
     mounts = [
@@ -267,14 +266,30 @@ def test_request_to_storage_carries_what_must_be_resolved() -> None:
         pod_id="p",
         image_id="i",
         config=config,
-        sandbox=make.privileged_sandbox(),
+        sandbox=make.sandbox(),
         image_config=make.image_config(User="web:web"),
     )
     assert (made.container_id, made.pod_id, made.image_id, made.read_only) == ("c", "p", "i", True)
     assert (made.user.uid, made.user.gid, made.user.image_user) == (5, 6, "web:web")
     assert (made.user.supplemental, made.user.strict) == ([7], True)
     assert [(m.path, m.propagation) for m in made.mounts] == [("/x/y", "private"), ("/z", "bidirectional")]
-    assert (made.devices, made.all_devices, made.seccomp_profile) == (["/dev/fuse"], True, "/profiles/a.json")
+    assert (made.devices, made.all_devices, made.seccomp_profile) == (
+        ["/dev/fuse"],
+        False,
+        "/profiles/a.json",
+    )
+
+
+def test_privileged_container_asks_for_every_device() -> None:
+    made = request.container_create(
+        container_id="c",
+        pod_id="p",
+        image_id="i",
+        config=make.container(Security(privileged=True)),
+        sandbox=make.privileged_sandbox(),
+        image_config=make.image_config(),
+    )
+    assert made.all_devices
 
 
 def test_user_of_the_request_may_be_root_by_number() -> None:

@@ -36,25 +36,24 @@ def names(made: dict[str, Any], action: str, *, conditional: bool = False) -> se
     return {name for rule in rules for name in rule["names"]}
 
 
-def test_default_profile_is_applied_unless_something_else_is_asked_for() -> None:
-    assert profile() == profile(request("RuntimeDefault")) == default()
+def test_profile_is_the_one_asked_for_and_none_without_a_word() -> None:
+    assert profile(request("RuntimeDefault")) == default()
     assert profile(Security(seccomp_profile_path="runtime/default")) == default()
     assert profile(request("Unconfined")) is None
     assert profile(Security(seccomp_profile_path="unconfined")) is None
+    assert profile() is None
 
 
-def test_privileged_container_is_unconfined_unless_a_profile_is_named() -> None:
-    sandbox = make.privileged_sandbox()
-    assert profile(Security(privileged=True), sandbox=sandbox) is None
-    named = request("Localhost", "/p.json")
-    named.privileged = True
-    found = make.rootfs(seccomp_profile=b'{"defaultAction":"SCMP_ACT_LOG"}')
-    assert profile(named, sandbox=sandbox, rootfs=found) == {"defaultAction": "SCMP_ACT_LOG", "syscalls": []}
+def test_privileged_container_is_unconfined_whatever_is_asked_for() -> None:
+    for security in (Security(), request("RuntimeDefault"), request("Localhost", "/p.json")):
+        security.privileged = True
+        assert profile(security, sandbox=make.privileged_sandbox()) is None
+        assert seccomp.localhost_path(security) == ""
 
 
 def test_node_or_machine_without_profile_is_noted() -> None:
     for changes in ({"host": make.host(seccomp=False)}, {"machine": "riscv64"}):
-        made = make.built(**changes)
+        made = make.built(make.container(request("RuntimeDefault")), **changes)
         assert "seccomp" not in msgspec.json.decode(made.spec)["linux"]
         assert any("seccomp" in note for note in made.degraded)
 

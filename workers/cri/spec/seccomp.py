@@ -36,17 +36,20 @@ _DEPRECATED = {
     "runtime/default": _TYPE.RuntimeDefault,
     "docker/default": _TYPE.RuntimeDefault,
     "unconfined": _TYPE.Unconfined,
+    "": _TYPE.Unconfined,
 }
 
 
 def profile(inputs: SpecInputs, notes: Notes) -> Profile | None:
-    """The profile to apply, None for none. Without a word about it a container gets RuntimeDefault."""
-    context = inputs.config.linux.security_context
-    request = _request(context)
+    """The profile to apply, None for none: CRI's word for no profile is unconfined, as for the empty path.
+
+    A privileged container goes without one, whatever was asked for.
+    """
+    request = _request(inputs.config.linux.security_context)
+    if request.profile_type == _TYPE.Unconfined:
+        return None
     if request.profile_type == _TYPE.Localhost:
         return _localhost(request.localhost_ref, inputs)
-    if request.profile_type == _TYPE.Unconfined or context.privileged:
-        return None
     if not inputs.host.seccomp:
         notes.add("no seccomp profile: this node's kernel has no seccomp filters")
         return None
@@ -63,7 +66,9 @@ def localhost_path(context: api_pb2.LinuxContainerSecurityContext) -> str:
 
 def _request(context: api_pb2.LinuxContainerSecurityContext) -> api_pb2.SecurityProfile:
     text = context.seccomp_profile_path
-    if context.HasField("seccomp") or not text:
+    if context.privileged:
+        return _TYPE(profile_type=_TYPE.Unconfined)
+    if context.HasField("seccomp"):
         return context.seccomp
     if text in _DEPRECATED:
         return _TYPE(profile_type=_DEPRECATED[text])
