@@ -28,7 +28,7 @@ Behaviour = Callable[[Handler, bytes], None]
 
 @dataclass(frozen=True)
 class Seen:
-    """One request that came."""
+    """One request that came; the names of headers as Words-Like-This."""
 
     method: str
     path: str
@@ -108,7 +108,8 @@ class FaultRegistry:
         return [seen.path for seen in self.seen]
 
     def _serve(self, handler: Handler) -> None:
-        self.seen.append(Seen(handler.command, handler.path, dict(handler.headers.items())))
+        headers = {name.title(): value for name, value in handler.headers.items()}
+        self.seen.append(Seen(handler.command, handler.path, headers))
         path = handler.path.partition("?")[0]
         data = self._data(path)
         for ending, queue in self._queues.items():

@@ -488,6 +488,7 @@ class _Pusher:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if client is not None:
             context.load_cert_chain(client.certificate, client.key)
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         self._pool = urllib3.PoolManager(ssl_context=context)
         self._base = f"{registry.scheme}://{registry.address}/v2/{repository}"
         authorization = registry.authorization(repository)
