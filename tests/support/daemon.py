@@ -28,9 +28,11 @@ from ipc.blocking import Client
 from ipc.cri import api_pb2, api_pb2_grpc, rpc
 from ipc.errors import RemoteError
 from ipc.messages.supervisor import WorkerList, WorkerState
+from supervisor.cgroup import instance_name
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = "/usr/lib/cni"
+CGROUPS = Path("/sys/fs/cgroup")
 SUBNET = "10.214.0.0/16"
 NETWORK = "bulkhead-test"
 START_SECONDS = 30.0
@@ -249,16 +251,19 @@ class Node:
                 yield f"link {name}"
 
     def _left_cgroups(self) -> Iterator[str]:
-        for path in Path("/sys/fs/cgroup").rglob("bulkhead-*"):
-            if path.is_dir() and self._is_ours(path):
+        """Groups of containers and inits, below the parent that all pods of this instance share."""
+        for path in CGROUPS.glob(f"*/{self._instance}.pods/*"):
+            if path.is_dir():
                 yield f"cgroup {path}"
 
-    def _is_ours(self, path: Path) -> bool:
-        return any(part in path.name for part in self._known_ids)
+    def _left_instance(self) -> Iterator[str]:
+        """Groups of the instance itself, which go with the daemon."""
+        for path in CGROUPS.glob(f"*/{self._instance}*"):
+            yield f"cgroup {path}"
 
     @property
-    def _known_ids(self) -> list[str]:
-        return getattr(self, "ids", [])
+    def _instance(self) -> str:
+        return instance_name(str(self.run_root))
 
     def close(self) -> list[str]:
         """Remove all pods, stop the daemon, remove the node; return what the pods had left behind."""
@@ -274,6 +279,7 @@ class Node:
                 self.remove_everything()
                 left = self._settled_leftovers()
                 self.stop()
+                left += self._left_instance()
         finally:
             self._tear_down()
         return left
