@@ -145,10 +145,12 @@ class Connection:
             self._refuse(asked.number, RemoteError(Code.INTERNAL, f"{call.type}: {error!r}"))
             if self._on_bug is not None:
                 self._on_bug(error)
-        finally:
-            call.fds.close()
-            self.in_flight.pop(asked.number, None)
-            self._tasks.pop(asked.number, None)
+
+    def _served(self, call: Call, number: int) -> None:
+        # A callback, not a `finally`: a task that is cancelled before its first step runs none of its code.
+        call.fds.close()
+        self.in_flight.pop(number, None)
+        self._tasks.pop(number, None)
 
     def _answer(self, number: int, body: Body, fds: FdSet) -> None:
         try:
@@ -210,7 +212,9 @@ class Connection:
             case calls.Asked():
                 call = Call(self, event)
                 self.in_flight[event.number] = call
-                self._tasks[event.number] = self._loop.create_task(self._serve(call, event))
+                serving = self._loop.create_task(self._serve(call, event))
+                self._tasks[event.number] = serving
+                serving.add_done_callback(lambda _task: self._served(call, event.number))
             case calls.Cancelled(number):
                 task = self._tasks.get(number)
                 if task is not None:

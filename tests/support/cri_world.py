@@ -404,7 +404,10 @@ class World:
             self.blobs.append(body.digest)
             call.update(image.Progress(bytes=body.size // 2))
             await asyncio.sleep(0.01)
-            os.write(call.fds.get(), b"blob")
+            try:
+                os.write(call.fds.get(), b"blob")
+            except BrokenPipeError:
+                raise RemoteError(Code.UNAVAILABLE, "the pipe's reader is gone") from None
             return image.Fetched(bytes=body.size)
 
         return {
@@ -525,6 +528,9 @@ class Worker:
         store._db = sqlite3.connect(":memory:", isolation_level=None)
         store._db.executescript(state._TABLES)
         peers, self.node.peers = self.node.peers, SilentPeers()
+        clients: list[Any] = [peers.storage, peers.network, peers.supervisor, peers.image]
+        for client in [*clients, *peers._monitors.values()]:
+            client._path = "/nonexistent"  # a dead process sends nothing again
         await peers.close()
         await self.close()
 

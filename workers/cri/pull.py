@@ -290,16 +290,19 @@ class Fetcher:
         return None
 
     async def _fill(self, fds: FdSet) -> None:
+        self.progress(Progress(bytes=0))
+        await self._unless_stalled(asyncio.ensure_future(self._fetch_blob(fds)))
+        self.progress(Progress(bytes=self.layer.size))
+
+    async def _fetch_blob(self, fds: FdSet) -> image_messages.Fetched:
+        """Give the pipe away; taken here, so that it is not lost if this task is cancelled unbegun."""
         layer = self.layer
         request = image_messages.BlobFetch(
             source=self.source, digest=layer.digest, size=layer.size, urls=layer.urls, auth=self.auth
         )
-        self.progress(Progress(bytes=0))
-        call = self.node.peers.image.call(
+        return await self.node.peers.image.call(
             request, fds=[fds.take()], timeout=LAYER_TIMEOUT, on_update=self.progress
         )
-        await self._unless_stalled(asyncio.ensure_future(call))
-        self.progress(Progress(bytes=layer.size))
 
     async def _unless_stalled(self, call: asyncio.Future[image_messages.Fetched]) -> None:
         """Await a download; end it when no byte came for `pull_idle_timeout` seconds."""
