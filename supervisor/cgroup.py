@@ -37,18 +37,11 @@ _KILL_WAIT = 2.0  # seconds for killed processes of a stale group to go
 
 @dataclass(frozen=True)
 class Hierarchies:
-    """What is mounted. v1: controller -> mount point, of all controllers; v2: {"": mount point}.
-
-    `others` are mount points where nothing is limited (name=systemd, the v2 mount of a hybrid host): OCI
-    runtimes make groups there too, below our parent of pods.
-    """
+    """What is mounted. v1: controller -> mount point, of all controllers; v2: {"": mount point}."""
 
     version: int
     mounts: Mapping[str, str]
     controllers: tuple[str, ...]
-    others: tuple[str, ...] = ()
-    #: Every cgroup mount point: an OCI runtime makes a pod's parent in all of them.
-    everywhere: tuple[str, ...] = ()
 
     def roots(self) -> list[str]:
         """Mount points that our groups are made in, each once."""
@@ -64,10 +57,10 @@ def detect(mounts: str | None = None) -> Hierarchies:
             mounts = file.read()
     v1: dict[str, str] = {}
     v2 = ""
-    everywhere: list[str] = []
+    others: list[str] = []
     for fields in (line.split() for line in mounts.splitlines()):
         if fields[2] in {"cgroup", "cgroup2"}:
-            everywhere.append(fields[1])
+            others.append(fields[1])
         if fields[2] == "cgroup2":
             v2 = v2 or fields[1]
         elif fields[2] == "cgroup":
@@ -75,9 +68,9 @@ def detect(mounts: str | None = None) -> Hierarchies:
                 v1.setdefault(option, fields[1])
     found = _read(f"{v2}/cgroup.controllers").split() if v2 else []
     if "memory" in found or not v1:
-        return Hierarchies(2, {"": v2} if v2 else {}, tuple(found), tuple(everywhere))
+        return Hierarchies(2, {"": v2} if v2 else {}, tuple(found), tuple(others))
     controllers = {name: mount for name, mount in v1.items() if name in V1_CONTROLLERS}
-    return Hierarchies(1, controllers, tuple(sorted(controllers)), tuple(everywhere))
+    return Hierarchies(1, controllers, tuple(sorted(controllers)), tuple(others))
 
 
 def instance_name(run_root: str) -> str:
@@ -204,8 +197,7 @@ class Groups:
 
     def remove(self, path: str) -> bool:
         """Remove a group and empty groups below it. Returns False if something is left."""
-        everywhere = dict.fromkeys((*self.hierarchies.mounts.values(), *self.hierarchies.others))
-        removed = [_remove_tree(root + path) for root in everywhere]  # each is tried
+        removed = [_remove_tree(directory) for directory in self._directories(path)]  # each is tried
         return all(removed)
 
     def clear(self, path: str) -> bool:
@@ -225,10 +217,8 @@ class Groups:
 
     def release(self, kinds: Iterable[str]) -> None:
         """At the end: remove every group that is empty. Monitors and pods keep theirs."""
-        for path in (*(self.worker(kind) for kind in kinds), self.monitors):
+        for path in (*(self.worker(kind) for kind in kinds), self.monitors, self.pods):
             self.remove(path)
-        for mount in self.hierarchies.everywhere:
-            _remove_tree(mount + self.pods)
         if own_group() != f"{self.base}/supervisor":
             self.remove(self.base)
 

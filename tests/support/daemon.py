@@ -253,13 +253,14 @@ class Node:
     def _left_cgroups(self) -> Iterator[str]:
         """Groups of containers and inits, below the parent that all pods of this instance share."""
         for path in CGROUPS.glob(f"*/{self._instance}.pods/*"):
-            if path.is_dir():
+            if (path / "cgroup.procs").exists():  # not crun's directories under machine.UNIFIED
                 yield f"cgroup {path}"
 
     def _left_instance(self) -> Iterator[str]:
         """Groups of the instance itself, which go with the daemon."""
         for path in CGROUPS.glob(f"*/{self._instance}*"):
-            yield f"cgroup {path}"
+            if (path / "cgroup.procs").exists():
+                yield f"cgroup {path}"
 
     @property
     def _instance(self) -> str:
