@@ -10,10 +10,14 @@ import os
 import threading
 from pathlib import Path
 
+import urllib3
+
 from ipc.messages.image import Auth, BlobFetch, Layer, ManifestResolve, Resolved
 from ipc.settings import ImageSettings
 from workers.image.blobs import Sink, fetch
+from workers.image.certificates import Certificates
 from workers.image.client import Tools, make_tools
+from workers.image.credentials import AuthFile
 from workers.image.operation import Operation
 from workers.image.proxies import Proxies
 from workers.image.resolve import resolve
@@ -44,7 +48,9 @@ def make_settings(
 
 def tools_of(settings: ImageSettings, proxies: Proxies | None = None) -> Tools:
     """What the worker's requests share."""
-    return make_tools(settings, proxies or Proxies())
+    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    certificates, auth_file = Certificates(settings.certs_dirs), AuthFile(settings.auth_file)
+    return make_tools(settings, proxies or Proxies(), certificates, auth_file)
 
 
 def pull(

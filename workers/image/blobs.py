@@ -28,7 +28,7 @@ from workers.image.client import PARTIAL, Client, Tools, success
 from workers.image.failures import Failure, combine, unreachable
 from workers.image.operation import Operation
 from workers.image.resolve import make_client, read_source
-from workers.image.transport import Answer, Transport, origin_of
+from workers.image.transport import STALL_BYTES, Answer, Transport, origin_of
 
 PROGRESS_INTERVAL = 0.2
 PIPE_BYTES = 1 << 20
@@ -199,6 +199,7 @@ def fetch(
             try:
                 _persist(blob, opener, operation, tools.settings.retries)
                 blob.verify(name)
+                log.get().info("blob fetched", endpoint=name, digest=request.digest, bytes=blob.sent)
                 return blob.sent
             except Failure as failure:
                 failures.append(failure)
@@ -218,7 +219,9 @@ def _persist(blob: Blob, opener: Opener, operation: Operation, retries: int) -> 
             return
         except Failure as failure:
             operation.check()
-            failed = 1 if blob.sent > before else failed + 1
+            if blob.complete:
+                return
+            failed = 1 if blob.sent - before >= STALL_BYTES else failed + 1
             allowed = retries if failure.retries is None else min(retries, failure.retries)
             if not failure.transient or failed > allowed:
                 raise

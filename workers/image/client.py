@@ -62,16 +62,12 @@ class Tools:
         return Transport(operation, self.settings, self.certificates, self.proxies)
 
 
-def make_tools(settings: ImageSettings, proxies: Proxies) -> Tools:
-    """Everything fresh, nothing read yet."""
-    return Tools(
-        settings=settings,
-        registries=RegistriesFiles(settings.registries_conf, settings.registries_conf_dir),
-        certificates=Certificates(settings.certs_dirs),
-        auth_file=AuthFile(settings.auth_file),
-        tokens=TokenCache(),
-        proxies=proxies,
-    )
+def make_tools(
+    settings: ImageSettings, proxies: Proxies, certificates: Certificates, auth_file: AuthFile
+) -> Tools:
+    """Everything else fresh, nothing read yet."""
+    registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
+    return Tools(settings, registries, certificates, auth_file, TokenCache(), proxies)
 
 
 def retrying(operation: Operation, retries: int, attempt: Callable[[], T]) -> T:

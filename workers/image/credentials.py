@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 import msgspec
 
@@ -26,6 +25,7 @@ from workers.image.registries import Endpoint
 
 #: What `docker login` writes for an identity token in place of a user name.
 TOKEN_USER = "<token>"  # noqa: S105 - a marker, no secret
+MAX_FILE = 4 << 20
 _DOCKER_KEYS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 
 
@@ -105,13 +105,24 @@ class _File(msgspec.Struct):
 
 
 class AuthFile:
-    """An auth file, read again when it changed; one that is missing is empty. Safe for threads."""
+    """An auth file, read again when it changed; one that is missing is empty. Safe for threads.
+
+    Such files are often root's alone: it is opened when this is made, while we still are root, and read
+    through that descriptor. A file that replaces it is the next worker's.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._stamp: tuple[int, ...] = ()
         self._entries: Mapping[str, _Entry] = {}
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC) if self._path else -1
+        except OSError:
+            return -1  # looked for again when it is needed
 
     def find(self, endpoint: Endpoint) -> Credentials | None:
         """The entry with the longest key that covers the endpoint's repository.
@@ -127,17 +138,32 @@ class AuthFile:
 
     def _load(self) -> Mapping[str, _Entry]:
         with self._lock:
-            try:
-                status = os.stat(self._path) if self._path else None
-                stamp = (status.st_ino, status.st_size, status.st_mtime_ns) if status else ()
-                if stamp != self._stamp:
-                    self._entries = self._parse(Path(self._path).read_bytes()) if stamp else {}
-                    self._stamp = stamp
-            except (FileNotFoundError, NotADirectoryError):
-                self._stamp, self._entries = (), {}
-            except OSError as error:
-                raise precondition(f"cannot read the auth file {self._path}: {error.strerror}") from None
+            status = self._look()
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns) if status else ()
+            if stamp != self._stamp:
+                self._entries = self._parse(self._read(stamp[1])) if stamp else {}
+                self._stamp = stamp
             return self._entries
+
+    @property
+    def replaced(self) -> bool:
+        """Whether what we read has lost its name, and we cannot see its successor."""
+        return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
+
+    def _look(self) -> os.stat_result | None:
+        """The file as it is now; a replaced one serves until its successor can be opened."""
+        if self._fd < 0 or self.replaced:
+            successor = self._open()
+            if successor >= 0:
+                if self._fd >= 0:
+                    os.close(self._fd)
+                self._fd = successor
+        return os.fstat(self._fd) if self._fd >= 0 else None
+
+    def _read(self, size: int) -> bytes:
+        if size > MAX_FILE:
+            raise precondition(f"the auth file {self._path} has {size} bytes, which is too many")
+        return os.pread(self._fd, size, 0)
 
     def _parse(self, data: bytes) -> Mapping[str, _Entry]:
         try:

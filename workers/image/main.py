@@ -40,7 +40,9 @@ from ipc.settings import ImageSettings
 from ipc.table import Handler, Handlers, table
 from workers import boot, boot_aio
 from workers.image.blobs import Sink, fetch
+from workers.image.certificates import Certificates
 from workers.image.client import Tools, make_tools
+from workers.image.credentials import AuthFile
 from workers.image.names import normalise
 from workers.image.operation import Operation
 from workers.image.proxies import Proxies, from_environment
@@ -62,6 +64,8 @@ class State:
 
     null_fd: int
     proxies: Proxies
+    certificates: Certificates
+    auth_file: AuthFile
 
 
 class Service:
@@ -69,11 +73,15 @@ class Service:
 
     def __init__(self, settings: ImageSettings, state: State) -> None:
         self._state = state
-        self._tools = make_tools(settings, state.proxies)
+        self._tools = self._make_tools(settings)
         self._threads = concurrent.futures.thread.ThreadPoolExecutor(THREADS, thread_name_prefix="download")
         self._running: set[Operation] = set()
         self._files = files_of(settings)
         self._outdated = False
+
+    def _make_tools(self, settings: ImageSettings) -> Tools:
+        state = self._state
+        return make_tools(settings, state.proxies, state.certificates, state.auth_file)
 
     @property
     def busy(self) -> bool:
@@ -124,8 +132,7 @@ class Service:
 
     async def registries_reload(self, call: Call, _body: RegistriesReload) -> Empty:
         def reload(tools: Tools, _operation: Operation) -> Empty:
-            tools.registries.reload()
-            tools.certificates.clear()
+            tools.registries.reload()  # certs.d and the auth file are looked at with every use
             return Empty()
 
         return await self._in_thread(call, reload)
@@ -160,7 +167,14 @@ class Service:
         """Take new settings; what runs finishes with the old ones. Other files are another worker's."""
         settings = msgspec.msgpack.decode(data, type=ImageSettings)
         self._outdated = self._outdated or files_of(settings) != self._files
-        self._tools = make_tools(settings, self._state.proxies)
+        self._tools = self._make_tools(settings)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another worker would see other files."""
+        state = self._state
+        lost = state.certificates.unreadable or state.auth_file.replaced
+        return self._outdated or lost or any(map(is_replaced, self._files))
 
     async def until_outdated(self) -> None:
         """Return when this worker no longer sees the files that it should, and nothing runs.
@@ -168,7 +182,7 @@ class Service:
         Its mount view has files as they were bound at its start. One that was replaced since, as editors
         and configuration tools do, shows by having no name left; the next worker sees the new one.
         """
-        while self.busy or not (self._outdated or any(map(is_replaced, self._files))):
+        while self.busy or not self.outdated:
             await asyncio.sleep(WATCH_INTERVAL)
         log.get().info("configuration files were replaced, a new worker will read them")
 
@@ -202,7 +216,14 @@ def prepare(context: boot.Context[ImageSettings]) -> State:
     urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # registries.conf says so
     socket.getaddrinfo("localhost", 443, type=socket.SOCK_STREAM)
     ssl.create_default_context()
-    return State(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), from_environment(os.environ))
+    certificates = Certificates(context.settings.certs_dirs)
+    certificates.preload()
+    return State(
+        null_fd=os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC),
+        proxies=from_environment(os.environ),
+        certificates=certificates,
+        auth_file=AuthFile(context.settings.auth_file),
+    )
 
 
 def run(context: boot.Context[ImageSettings], state: State) -> None:

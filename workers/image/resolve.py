@@ -118,6 +118,9 @@ class _Resolution:
             layers = manifests.layers_of(manifest, config)
         except RemoteError as error:
             raise self._located(error) from None
+        log.get().info(
+            "image resolved", image=self._reference, endpoint=self._client.endpoint.name, digest=named.digest
+        )
         return Resolved(
             name=self._reference.name,
             repo_digest=f"{self._reference.repository}@{named.digest}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import time
@@ -84,6 +85,52 @@ def test_a_pull_over_tls_with_a_token_works_inside_the_sandbox(where: Host, tmp_
         directory.mkdir()
         shutil.copy(authority.certificate, directory / "ca.crt")
         insecure_registries(where.base / "registries.conf", tokens.address)
+        asyncio.run(scenario())
+
+
+def test_keys_and_passwords_that_only_root_may_read_are_used(where: Host, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        worker = Worker(where, auth_file=str(auth_file))
+        async with worker.running() as client:
+            for registry in (keyed, guarded):
+                assert await fetch_layer(client, f"{registry.address}/test/image:1") == LAYER.data
+            write_auth("wrong")  # in place: seen at once
+            with pytest.raises(RemoteError) as caught:
+                await client.call(ManifestResolve(reference=f"{guarded.address}/test/image:1"))
+            assert caught.value.code is Code.UNAUTHENTICATED
+            (directory / "client.key").write_bytes(client_certificate.key.read_bytes() + b"\n")
+            with pytest.raises(RemoteError, match=r"cannot read .*client\.key"):
+                await client.call(ManifestResolve(reference=f"{keyed.address}/test/image:1"))
+            assert await worker.wait() == 0  # the next one reads it as root
+        worker = Worker(where, auth_file=str(auth_file))
+        async with worker.running() as client:
+            assert await fetch_layer(client, f"{keyed.address}/test/image:1") == LAYER.data
+            auth_file.unlink()
+            write_auth("secret")  # another file
+            assert await worker.wait() == 0
+
+    def write_auth(password: str) -> None:
+        entry = {"username": "user", "password": password}
+        auth_file.write_text(json.dumps({"auths": {guarded.address: entry}}))
+        auth_file.chmod(0o600)
+
+    authority = Authority(tmp_path / "ca")
+    client_certificate = authority.issue("client")
+    auth_file = where.base / "auth.json"
+    with (
+        Registry(tmp_path / "a", tls=authority.issue("a"), client_ca=authority.certificate) as keyed,
+        Registry(tmp_path / "b", users={"user": "secret"}) as guarded,
+    ):
+        push(keyed, "test/image", "1", IMAGE, client=client_certificate)
+        push(guarded, "test/image", "1", IMAGE)
+        directory = where.base / "certs.d" / keyed.address
+        directory.mkdir()
+        shutil.copy(authority.certificate, directory / "ca.crt")
+        shutil.copy(client_certificate.certificate, directory / "client.cert")
+        shutil.copy(client_certificate.key, directory / "client.key")
+        (directory / "client.key").chmod(0o600)
+        insecure_registries(where.base / "registries.conf", guarded.address)
+        write_auth("secret")
         asyncio.run(scenario())
 
 

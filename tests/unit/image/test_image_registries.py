@@ -360,7 +360,11 @@ def test_an_auth_file_changes_vanishes_and_breaks(tmp_path: Path) -> None:
     path.write_text(json.dumps({"auths": {"quay.io": {"auth": encoded("u:p")}}}))
     assert file.find(endpoint) == Credentials("u", "p")
     path.unlink()
-    assert file.find(endpoint) is None
+    assert file.replaced
+    assert file.find(endpoint) == Credentials("u", "p")  # until the next worker, or its successor is seen
+    path.write_text(json.dumps({"auths": {"quay.io": {"auth": encoded("u:q")}}}))
+    assert file.find(endpoint) == Credentials("u", "q")
+    assert not file.replaced
     path.write_text('{"auths": {"quay.io": {"auth": 1, "password": "s3cret"')
     with pytest.raises(RemoteError, match=r"config\.json") as caught:
         file.find(endpoint)
