@@ -21,7 +21,7 @@ LIBRARIES: dict[str, set[str]] = {
     "supervisor": {"msgspec", "psutil", "setproctitle", "daemon", "grpc", "rich"},
     "workers.cri": {"msgspec", "grpc", "google"},
     "workers.image": {"msgspec", "urllib3"},
-    "workers.storage": {"msgspec", "zstandard"},
+    "workers.storage": {"msgspec", "setproctitle", "zstandard"},
     "workers.network": {"msgspec"},
     "workers.monitor": {"msgspec"},
     "workers.stream": {"msgspec"},
