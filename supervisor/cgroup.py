@@ -42,6 +42,8 @@ class Hierarchies:
     version: int
     mounts: Mapping[str, str]
     controllers: tuple[str, ...]
+    #: Every cgroup mount point, name=systemd and a hybrid host's v2 too: OCI runtimes make groups in all.
+    everywhere: tuple[str, ...] = ()
 
     def roots(self) -> list[str]:
         """Mount points that our groups are made in, each once."""
@@ -57,10 +59,10 @@ def detect(mounts: str | None = None) -> Hierarchies:
             mounts = file.read()
     v1: dict[str, str] = {}
     v2 = ""
-    others: list[str] = []
+    everywhere: list[str] = []
     for fields in (line.split() for line in mounts.splitlines()):
         if fields[2] in {"cgroup", "cgroup2"}:
-            others.append(fields[1])
+            everywhere.append(fields[1])
         if fields[2] == "cgroup2":
             v2 = v2 or fields[1]
         elif fields[2] == "cgroup":
@@ -68,9 +70,9 @@ def detect(mounts: str | None = None) -> Hierarchies:
                 v1.setdefault(option, fields[1])
     found = _read(f"{v2}/cgroup.controllers").split() if v2 else []
     if "memory" in found or not v1:
-        return Hierarchies(2, {"": v2} if v2 else {}, tuple(found), tuple(others))
+        return Hierarchies(2, {"": v2} if v2 else {}, tuple(found), tuple(everywhere))
     controllers = {name: mount for name, mount in v1.items() if name in V1_CONTROLLERS}
-    return Hierarchies(1, controllers, tuple(sorted(controllers)), tuple(others))
+    return Hierarchies(1, controllers, tuple(sorted(controllers)), tuple(everywhere))
 
 
 def instance_name(run_root: str) -> str:
