@@ -5,10 +5,11 @@ blobs into pipes that others read. It owns nothing on disk; what it keeps in mem
 may vanish with it at any time. It refuses every byte whose digest or size was not the one announced.
 
     main          handlers, threads
-    resolve       a reference -> manifest, config, layers          blobs       a blob -> a pipe
-    endpoints     one registry's API: where, as whom, what failed  transport   HTTP: TLS, proxies, redirects
-    manifests     what documents say, sans-IO                      platforms   which one is for this machine
-    registries    registries.conf                                  names       short names
-    credentials   whose password goes where                        tokens      bearer tokens
-    certificates  certs.d                                          proxies     *_PROXY
+    resolve       a reference -> manifest, config, layers     blobs         a blob -> a pipe
+    client        one registry's API, and its login           transport     HTTP: TLS, proxies, redirects
+    manifests     what documents say, sans-IO                 platforms     which one is for this machine
+    registries    registries.conf                             names         short names
+    credentials   whose password goes where                   tokens        challenges and bearer tokens
+    certificates  certs.d                                     proxies       HTTPS_PROXY and the like
+    failures      what went wrong, and whether to try again   operation     how a request is ended
 """

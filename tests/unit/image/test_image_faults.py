@@ -252,7 +252,7 @@ def test_a_cancelled_download_ends_at_once(registry: FaultRegistry, tools: Tools
     operation.cancel()
     sink.abandon()
     thread.join(5)
-    assert time.monotonic() - begun < 0.4
+    assert time.monotonic() - begun < 1.0
     assert [type(error) for error in ended] == [Cancelled]
     while os.read(read_fd, 1 << 20):
         pass  # the pipe is at its end although the descriptor is still open
