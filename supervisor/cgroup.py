@@ -219,8 +219,10 @@ class Groups:
 
     def release(self, kinds: Iterable[str]) -> None:
         """At the end: remove every group that is empty. Monitors and pods keep theirs."""
-        for path in (*(self.worker(kind) for kind in kinds), self.monitors, self.pods):
+        for path in (*(self.worker(kind) for kind in kinds), self.monitors):
             self.remove(path)
+        for mount in self.hierarchies.everywhere:
+            _remove_tree(mount + self.pods)
         if own_group() != f"{self.base}/supervisor":
             self.remove(self.base)
 

@@ -29,6 +29,7 @@ from ipc.cri import api_pb2, api_pb2_grpc, rpc
 from ipc.errors import RemoteError
 from ipc.messages.supervisor import WorkerList, WorkerState
 from supervisor.cgroup import instance_name
+from tests.support import machine
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = "/usr/lib/cni"
@@ -252,14 +253,15 @@ class Node:
 
     def _left_cgroups(self) -> Iterator[str]:
         """Groups of containers and inits, below the parent that all pods of this instance share."""
-        for path in CGROUPS.glob(f"*/{self._instance}.pods/*"):
-            if (path / "cgroup.procs").exists():  # not crun's directories under machine.UNIFIED
-                yield f"cgroup {path}"
+        return self._groups(f"{self._instance}.pods/*")
 
     def _left_instance(self) -> Iterator[str]:
         """Groups of the instance itself, which go with the daemon."""
-        for path in CGROUPS.glob(f"*/{self._instance}*"):
-            if (path / "cgroup.procs").exists():
+        return self._groups(f"{self._instance}*")
+
+    def _groups(self, pattern: str) -> Iterator[str]:
+        for path in CGROUPS.glob(f"*/{pattern}"):
+            if path.is_dir() and not path.is_relative_to(machine.UNIFIED):  # crun's directories, no groups
                 yield f"cgroup {path}"
 
     @property
