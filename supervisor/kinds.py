@@ -237,9 +237,10 @@ class Kind:
         self.stop(lambda: self._begin_anew(done))
 
     def _begin_anew(self, done: Callable[[], object]) -> None:
-        self._stopping = False
-        self._fill()
-        self._ping_later()
+        if self._stopping:  # else another restart has begun anew already
+            self._stopping = False
+            self._fill()
+            self._ping_later()
         done()
 
     def stop(self, done: Callable[[], object]) -> None:

@@ -11,12 +11,11 @@ import contextlib
 import os
 import signal
 
-import setproctitle
-
 from ipc import confine, kernel, log
 from ipc import syscall_groups as calls
 from ipc.seccomp import Policy
 from supervisor.sandbox.spec import Identity
+from supervisor.title import set_title
 
 SIGNALS = frozenset({signal.SIGCHLD, signal.SIGTERM, signal.SIGINT})
 OOM_SCORE = -998  # as the pause container it replaces: the pod's own processes go first
@@ -46,7 +45,7 @@ def _first_process(
     try:
         os.close(result_fd)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        setproctitle.setproctitle(title)
+        set_title(title)
         opened = os.read(gate_fd, 1) == b"\n"
         os.close(gate_fd)
         if opened:

@@ -17,8 +17,6 @@ import socket
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-import setproctitle
-
 from ipc import kernel
 from ipc import log as ipc_log
 from ipc.log import Log
@@ -27,9 +25,13 @@ from ipc.messages.supervisor import SandboxReport
 from ipc.settings import Common
 from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
+from supervisor.title import set_title
 
 BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
 GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
+
+#: What the supervisor catches. A list, because asking for each signal makes a child dirty many pages.
+CAUGHT = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 #: Sockets and other things a child keeps beyond 0, 1, 2.
 Descriptors = Collection[int]
@@ -87,7 +89,7 @@ def freeze() -> None:
 
 def tasks() -> int:
     """Return the number of tasks (threads) of this process."""
-    return len(os.listdir("/proc/self/task"))
+    return os.stat("/proc/self/task").st_nlink - 2  # a directory per task
 
 
 def fork(loop: Loop, job: Job) -> Child:
@@ -115,7 +117,7 @@ def _child(loop: Loop, job: Job, gate_fd: int, parent: int) -> None:
         _redirect(job.stderr_fd)
         close_all_but({0, 1, 2, gate_fd, *job.keep})
         os.setsid()
-        setproctitle.setproctitle(job.title)
+        set_title(job.title)
         ipc_log.set_log(job.log)
         if job.dies_with_parent:
             kernel.die_with_parent(signal.SIGKILL, parent)
@@ -134,10 +136,8 @@ def _child(loop: Loop, job: Job, gate_fd: int, parent: int) -> None:
 
 def _reset_signals() -> None:
     signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
-        if signal.getsignal(number) not in {signal.SIG_DFL, signal.SIG_IGN, None}:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in CAUGHT:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _redirect(stderr_fd: int | None) -> None:

@@ -101,13 +101,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _supervise(options: argparse.Namespace, config: Config) -> int:
-    import setproctitle
 
     from supervisor.directories import InstanceRunning
     from supervisor.notify import Notifier
     from supervisor.server import Supervisor
+    from supervisor.title import set_title
 
-    setproctitle.setproctitle("bulkhead: supervisor [priv]")
+    set_title("bulkhead: supervisor [priv]")
     _standard_descriptors()
     try:
         Supervisor(config, Notifier(os.environ), lambda: _load(options), options.table).run()
@@ -130,6 +130,8 @@ def _daemon(options: argparse.Namespace, config: Config) -> int:
     import daemon  # type: ignore[import-untyped]  # it comes without stubs
     from daemon import pidfile
 
+    if not _free(config, options.pid_file):
+        return FAILED
     log_path = options.log_file or f"{config.run_root}/bulkhead.log"
     os.makedirs(os.path.dirname(log_path), exist_ok=True)
     lock = pidfile.TimeoutPIDLockFile(options.pid_file, 0) if options.pid_file else None
@@ -138,6 +140,25 @@ def _daemon(options: argparse.Namespace, config: Config) -> int:
         daemon.DaemonContext(pidfile=lock, stdout=log, stderr=log, umask=0o022, signal_map={}),
     ):
         return _supervise(options, config)
+
+
+def _free(config: Config, pid_file: str | None) -> bool:
+    """Say it here if another instance runs; in the background nobody would see it. A stale pid file goes."""
+    from supervisor import directories
+
+    locks = directories.Locks()
+    try:
+        directories.prepare_roots(config)
+        for directory in (config.root, config.run_root):
+            locks.take(directory)
+    except (directories.InstanceRunning, OSError) as error:
+        print(f"bulkhead: {error}", file=sys.stderr)
+        return False
+    finally:
+        locks.release()
+    if pid_file and os.path.lexists(pid_file):
+        os.unlink(pid_file)
+    return True
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -397,3 +397,35 @@ def test_state_of_an_earlier_boot_is_forgotten() -> None:
         instance.start()
         with instance.client() as client:
             assert client.call(messages.MonitorList()).monitors == []
+
+
+def test_the_watchdog_is_fed_while_the_loop_turns() -> None:
+    with Instance() as instance:
+        instance.environment["WATCHDOG_USEC"] = "400000"
+        instance.start()
+        for _ in range(3):
+            instance.await_notice("WATCHDOG=1")
+        instance.signal(signal.SIGSTOP)
+        drained_by = time.monotonic() + 0.3
+        while time.monotonic() < drained_by:
+            instance.quiet_for(0.1)
+        assert instance.quiet_for(0.8)
+        instance.signal(signal.SIGCONT)
+
+
+def test_a_daemon_has_a_pid_file_and_refuses_a_second_one(tmp_path: Path) -> None:
+    with Instance(module="supervisor.cli.bulkhead") as instance:
+        pid_file = tmp_path / "pid"
+        command = [sys.executable, "-m", instance.module, "serve", *instance.arguments()]
+        command += ["--daemon", "--pid-file", str(pid_file)]
+        assert subprocess.run(command, cwd=REPOSITORY, check=False).returncode == 0
+        pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text()))
+        try:
+            eventually((instance.run_root / "bulkhead.sock").exists)
+            second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            assert second.returncode == 1
+            assert f"(pid {pid})" in second.stderr
+        finally:
+            os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not pid_file.exists())
+        assert "supervisor ends" in (instance.run_root / "bulkhead.log").read_text()

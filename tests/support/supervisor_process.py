@@ -67,6 +67,7 @@ class Instance:
         self._notify.bind(f"{self.directory}/notify")
         self._notify.settimeout(20)
         self.notified: list[str] = []
+        self.environment = {**os.environ, "NOTIFY_SOCKET": f"{self.directory}/notify"}
         self.output = self.directory / "log"
 
     # -- running --------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ class Instance:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments()],
                 cwd=REPOSITORY,
-                env={**os.environ, "NOTIFY_SOCKET": f"{self.directory}/notify"},
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -100,6 +101,17 @@ class Instance:
                 self.notified.append(notice)
                 if notice == line:
                     return
+
+    def quiet_for(self, seconds: float) -> bool:
+        """True if the service manager hears nothing for so long."""
+        self._notify.settimeout(seconds)
+        try:
+            self._notify.recv(4096)
+        except TimeoutError:
+            return True
+        finally:
+            self._notify.settimeout(20)
+        return False
 
     @property
     def pid(self) -> int:
@@ -148,7 +160,7 @@ class Instance:
             return client.call(storage.FsInfoGet()).used_bytes
 
     def log(self) -> str:
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def await_log(self, text: str) -> None:
         eventually(lambda: text in self.log())
@@ -198,9 +210,9 @@ class Instance:
                 raise
 
     def _assert_nothing_left(self) -> None:
-        assert not mounts([self.directory])
-        assert not self._grouped()
-        assert not self.groups()
+        assert not mounts([self.directory]), mounts([self.directory])
+        assert not self._grouped(), self._grouped()
+        assert not self.groups(), sorted(self.groups())
 
     def _clear(self) -> None:
         for line in self._grouped():
