@@ -9,6 +9,7 @@ supervisor/settings.py. Times are seconds. Empty strings and lists mean "derived
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -241,7 +242,9 @@ class Config:
     cgroup_manager: str = key(
         "auto", "systemd, cgroupfs, or auto: systemd where it is PID 1.", one_of(*CGROUP_MANAGERS)
     )
-    default_runtime: str = key("", "Name in [runtimes]; empty: crun if it is there, else the first.")
+    default_runtime: str = key(
+        "", "Name in [runtimes]; empty: crun if it is there and works on this host, else runc."
+    )
     runtimes: dict[str, RuntimeConfig] = key({}, "OCI runtimes by handler name; crun and runc need no entry.")
     cni: CniConfig = table(CniConfig, "Pod networks.")
     image: ImageConfig = table(ImageConfig, "Registries and pulls.")
@@ -263,10 +266,32 @@ class Config:
             listen=self.listen or f"{self.run_root}/bulkhead.sock",
             cgroup_manager=_cgroup_manager(self.cgroup_manager),
             runtimes=runtimes,
-            default_runtime=self.default_runtime or next(iter(runtimes), ""),
+            default_runtime=self.default_runtime or _default_runtime(runtimes),
             cni=dataclasses.replace(self.cni, cache_dir=self.cni.cache_dir or f"{self.run_root}/net"),
             ops=dataclasses.replace(self.ops, listen=self.ops.listen or f"{self.run_root}/ops.sock"),
         )
+
+
+def _default_runtime(runtimes: dict[str, RuntimeConfig]) -> str:
+    """crun if it is there and this host suits it, else runc, else the first that is configured."""
+    names = [name for name in runtimes if name != "crun" or not crun_refuses_host()]
+    return next(iter(names or runtimes), "")
+
+
+def crun_refuses_host() -> bool:
+    """Say whether this is a hybrid host whose cgroup2 mount holds controllers.
+
+    crun refuses to work there ("cgroups in hybrid mode not supported", libcrun/cgroup.c).
+    """
+    with open("/proc/self/mounts", encoding="utf-8") as file:
+        mounts = [line.split() for line in file]
+    if not any(fields[2] == "cgroup" and "memory" in fields[3].split(",") for fields in mounts):
+        return False
+    for controllers in (f"{fields[1]}/cgroup.controllers" for fields in mounts if fields[2] == "cgroup2"):
+        with contextlib.suppress(OSError), open(controllers, encoding="ascii") as file:
+            if file.read().split():
+                return True
+    return False
 
 
 def _cgroup_manager(value: str) -> str:

@@ -21,7 +21,7 @@ from ipc.log import Log
 from ipc.loop import Loop
 from ipc.messages.supervisor import HostInfo, RuntimeInfo
 from supervisor.cgroup import Hierarchies
-from supervisor.config import Config, RuntimeConfig
+from supervisor.config import Config, RuntimeConfig, crun_refuses_host
 from supervisor.reaper import Reaper
 from supervisor.spawn import spawn_program
 
@@ -190,6 +190,11 @@ def static_info(config: Config, hierarchies: Hierarchies, degraded: list[str]) -
         capabilities=[f"CAP_{name}" for name in capabilities],
         degraded=list(degraded),
     )
+    if "crun" in config.runtimes and crun_refuses_host():
+        info.degraded.append(
+            "crun refuses hybrid hosts whose cgroup2 mount has controllers: "
+            f"{config.default_runtime} is the default runtime"
+        )
     if "SYS_RESOURCE" not in capabilities:
         info.degraded.append(
             "CAP_SYS_RESOURCE is missing: hard limits cannot be raised, OOM scores not lowered "
