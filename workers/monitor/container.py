@@ -73,7 +73,7 @@ class Container:
         container_id: str,
         pod_id: str,
         directory: str,
-        read_bytes: int,
+        pipe_bytes: int,
         over: Callable[[], object],
     ) -> None:
         self.container_id = container_id
@@ -84,7 +84,7 @@ class Container:
         self.status = Status.NEW
         self._loop = loop
         self._log = log
-        self._read_bytes = read_bytes
+        self._pipe_bytes = pipe_bytes
         self._over = over
         self._pid = 0
         self._pid_start = 0
@@ -138,6 +138,7 @@ class Container:
                 container_id=self.container_id,
                 directory=self.directory,
                 request=request,
+                pipe_bytes=self._pipe_bytes,
                 done=self._created,
             )
         except OSError as error:
@@ -165,7 +166,7 @@ class Container:
         for name, fd in born.outputs:
             stream = LoggedStream(name, clock, self._file)
             self._streams.append(stream)
-            self._sources.append(Source(self._loop, fd, self._read_bytes, stream.take, self._source_ended))
+            self._sources.append(Source(self._loop, fd, stream.take, self._source_ended))
         request = self._request
         self._cgroups = Cgroups.of_process(self._pid, request.cgroup_path, self.container_id)
         self._oom = OomWatch(

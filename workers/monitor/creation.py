@@ -55,10 +55,12 @@ class Creation:
         container_id: str,
         directory: str,
         request: Create,
+        pipe_bytes: int,
         done: Callable[[Born | RemoteError], object],
     ) -> None:
         self._loop = loop
         self._launcher = launcher
+        self._pipe_bytes = pipe_bytes
         self._done = done
         self._born = Born(0)
         self._console: ConsoleSocket | None = None
@@ -96,7 +98,7 @@ class Creation:
 
     def _pipes(self, theirs: list[int], *, stdin: bool) -> Streams:
         for name in ("stdout", "stderr"):
-            read_fd, write_fd = make_pipe()
+            read_fd, write_fd = make_pipe(self._pipe_bytes)
             self._born.outputs.append((name, read_fd))
             theirs.append(write_fd)
         stdout, stderr = theirs

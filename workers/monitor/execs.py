@@ -23,7 +23,6 @@ from workers.monitor.runtime import FIRST_EXTRA_FD, Launcher, Outcome, Runtime, 
 from workers.monitor.stdio import Drain, Source, make_pipe
 
 LIMIT = 16 * 1024 * 1024  # bytes of one stream, whatever the caller wants
-READ_BYTES = 64 * 1024
 RUNTIME_TIMEOUT = 120.0  # seconds that the runtime's own part of an exec may take
 KILLED = 137
 
@@ -106,7 +105,7 @@ class Exec:
                 read_fd, write_fd = make_pipe()
                 fds.append(write_fd)
                 self._pipes.add(f"pipe:[{os.fstat(read_fd).st_ino}]")
-                self._sources.append(Source(self._loop, read_fd, READ_BYTES, output.take, self._source_ended))
+                self._sources.append(Source(self._loop, read_fd, output.take, self._source_ended))
             self._container.launcher.reaper.expect()
             self._launch(*fds)
         except BaseException:

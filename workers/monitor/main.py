@@ -142,7 +142,7 @@ def run(
         container_id=container_id,
         pod_id=pod_id,
         directory=directory,
-        read_bytes=context.settings.log_buffer,
+        pipe_bytes=context.settings.log_buffer,
         over=loop.stop,
     )
     server = Server(

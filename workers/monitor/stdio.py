@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from ipc.loop import Loop, Timer
 from workers.monitor.log import Clock, Encoder, LogFile
 
-PIPE_BYTES = 1024 * 1024
+PIPE_BYTES = 256 * 1024
+READ_BYTES = 64 * 1024  # at once: with its records it stays below what malloc maps and unmaps each time
 QUIET = 0.25  # seconds without a byte after which a drained source is given up
 DRAIN_LIMIT = 2.0  # seconds of draining, bytes or not
 _INT = struct.Struct("i")
@@ -46,19 +47,18 @@ def waiting_bytes(fd: int) -> int:
 class Source:
     """One descriptor being read. `take(chunk, more)` gets its bytes, `ended` is called at its end."""
 
-    def __init__(self, loop: Loop, fd: int, size: int, take: Take, ended: Callable[[], object]) -> None:
+    def __init__(self, loop: Loop, fd: int, take: Take, ended: Callable[[], object]) -> None:
         self.fd = fd
         self.open = True
         self.last_byte = loop.time()
         self._loop = loop
-        self._size = size
         self._take = take
         self._ended = ended
         loop.add_reader(fd, self._readable)
 
     def _readable(self) -> None:
         try:
-            chunk = os.read(self.fd, self._size)
+            chunk = os.read(self.fd, READ_BYTES)
         except BlockingIOError:
             return
         except OSError:  # EIO: the last process left the terminal

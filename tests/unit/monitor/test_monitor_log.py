@@ -44,14 +44,15 @@ def said(tmp_path: Path) -> ContainerLog:
 
 def encoded(*chunks: bytes, more: bool = False) -> bytes:
     encoder = Encoder("stdout")
-    return b"".join(encoder.feed(chunk, STAMP, more=more) for chunk in chunks) + encoder.finish(STAMP)
+    records = [part for chunk in chunks for part in encoder.feed(chunk, STAMP, more=more)]
+    return b"".join(records + encoder.finish(STAMP))
 
 
 @given(CHUNKS)
 def test_any_bytes_come_back_exactly_in_records_of_bounded_length(chunks: list[tuple[bytes, bool]]) -> None:
     encoder = Encoder("stderr")
-    log = b"".join(encoder.feed(chunk, STAMP, more=more) for chunk, more in chunks if chunk)
-    log += encoder.finish(STAMP)
+    parts = [part for chunk, more in chunks if chunk for part in encoder.feed(chunk, STAMP, more=more)]
+    log = b"".join(parts + encoder.finish(STAMP))
     assert joined(log, "stderr") == b"".join(chunk for chunk, _ in chunks)
     records = RECORD.findall(log)
     assert b"".join(STAMP + b" stderr " + tag + b" " + text + b"\n" for tag, text in records) == log
@@ -66,9 +67,9 @@ def test_complete_lines_are_tagged_f_and_share_the_stamp_of_their_chunk() -> Non
 
 def test_a_line_begun_is_written_when_the_source_pauses_and_waits_when_it_does_not() -> None:
     encoder = Encoder("stdout")
-    assert encoder.feed(b"one\ntwo", STAMP, more=True) == STAMP + b" stdout F one\n"
-    assert encoder.feed(b"-three", STAMP, more=False) == STAMP + b" stdout P two-three\n"
-    assert encoder.feed(b"\n", STAMP, more=False) == STAMP + b" stdout F \n"
+    assert b"".join(encoder.feed(b"one\ntwo", STAMP, more=True)) == STAMP + b" stdout F one\n"
+    assert b"".join(encoder.feed(b"-three", STAMP, more=False)) == STAMP + b" stdout P two-three\n"
+    assert b"".join(encoder.feed(b"\n", STAMP, more=False)) == STAMP + b" stdout F \n"
 
 
 def test_a_long_line_comes_in_pieces_whose_last_is_f() -> None:
@@ -133,22 +134,21 @@ def test_the_directory_is_made_for_all_to_enter_and_the_file_for_the_group(
 def test_an_existing_log_is_continued(tmp_path: Path, said: ContainerLog) -> None:
     (tmp_path / "0.log").write_bytes(b"old\n")
     file = LogFile(str(tmp_path / "0.log"), said)
-    file.write(b"new\n")
+    file.write([b"new\n"])
     file.close()
     assert (tmp_path / "0.log").read_bytes() == b"old\nnew\n"
 
 
 class Disk:
-    """An os.write that takes `room` bytes and then fails, until it has room again."""
+    """A disk that takes `room` bytes and then fails, until it has room again."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room
         self._write = os.write
         monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(os, "writev", lambda fd, parts: self.write(fd, b"".join(parts)))
 
     def write(self, fd: int, data: bytes) -> int:
-        if fd == 2:
-            return self._write(fd, data)
         if not self.room:
             raise OSError(errno.ENOSPC, "No space left on device")
         done = self._write(fd, bytes(data)[: self.room])
@@ -171,9 +171,9 @@ def test_whatever_fits_is_whole_records_and_the_rest_is_counted(
         disk = Disk(patch, 0)
         for number, record in enumerate(records):
             disk.room = rooms[number % len(rooms)] if rooms else 0
-            file.write(record)
+            file.write([record])
         disk.room = 1000
-        file.write(b"last\n")
+        file.write([b"last\n"])
         file.close()
     content = path.read_bytes()
     assert content.endswith(b"last\n")
@@ -192,11 +192,11 @@ def test_a_file_over_the_size_limit_is_counted_too(tmp_path: Path, said: Contain
     file = LogFile(str(tmp_path / "0.log"), said)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
-        file.write(b"abc\ndef\nghi\n")
+        file.write([b"abc\ndef\nghi\n"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    file.write(b"jkl\n")
+    file.write([b"jkl\n"])
     file.close()
     assert (tmp_path / "0.log").read_bytes() == b"abc\ndef\njkl\n"
     assert (file.written, file.dropped) == (12, 4)
@@ -211,14 +211,14 @@ def test_reopen_keeps_the_old_file_when_the_new_one_cannot_be_made(
     (tmp_path / "d").write_text("in the way")
     with pytest.raises(OSError, match=r"exists|directory"):
         file.reopen()
-    file.write(b"still\n")
+    file.write([b"still\n"])
     file.close()
     assert (tmp_path / "moved/0.log").read_bytes() == b"still\n"
 
 
 def test_without_a_path_nothing_is_written_and_nothing_fails(said: ContainerLog) -> None:
     file = LogFile("", said)
-    file.write(b"x\n")
+    file.write([b"x\n"])
     file.reopen()
     file.close()
     assert (file.written, file.dropped) == (0, 0)
