@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from ipc import kernel
+from ipc import kernel, log
 from ipc.errors import Code, RemoteError, internal
 
 from .database import LayerRow
@@ -147,6 +147,8 @@ def _describe(staging: Path, report: LayerReport, chain_id: str, parent: str) ->
     )
     (staging / REPORT).unlink()
     (staging / DESCRIPTION).write_bytes(msgspec.json.encode(row))
+    if report.ignored_xattrs:
+        log.get().info("attributes left out", chain_id=chain_id, names=report.ignored_xattrs)
     return row
 
 

@@ -39,6 +39,7 @@ from .layers import Layers, LowerLayer
 from .mounts import Progress
 from .paths import Paths, checked_id
 from .serial import Done, Serial
+from .trouble import HOST_TROUBLE, contained, refusal, told
 
 EMPTY_LINK = "empty"
 
@@ -144,14 +145,23 @@ class Containers:
         grave = self._paths.fresh(f"container-{container_id[:16]}")
 
         def dismantled(outcome: Any) -> None:
-            if not isinstance(outcome, RemoteError):
-                self._database.drop_container(container_id)
-                self._images.container_gone()
-                if outcome:
-                    self._layers.delete([grave])
-            then(outcome)
+            if isinstance(outcome, RemoteError):
+                then(outcome)
+                return
+            if outcome:
+                self._layers.delete([grave])
+            then(self._forget(container_id))
 
         self._jobs.start(dismantle, plan, str(grave), on_done=dismantled, name="remove container")
+
+    def _forget(self, container_id: str) -> RemoteError | None:
+        try:
+            self._database.drop_container(container_id)
+        except HOST_TROUBLE as error:
+            return refusal(error, "cannot forget the container")
+        with contained("dropping damaged images"):
+            self._images.container_gone()
+        return None
 
     def unmount(self, call: Call, body: ContainerUnmount) -> None:
         """storage.container.unmount"""
@@ -246,6 +256,9 @@ def _guarded(call: Call, done: Done, operation: Callable[[Call, Done, Any], None
     except RemoteError as error:
         call.fail(error)
         done()
+    except HOST_TROUBLE as error:
+        call.fail(refusal(error, f"storage cannot serve {call.type}"))
+        done()
 
 
 def _answer(call: Call, outcome: Any) -> None:
@@ -262,9 +275,10 @@ def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> Con
     profile = read_profile(body.seccomp_profile, progress)
     progress.at("the container's root file system")
     rootfs = Path(plan.mounted, "rootfs")
-    rootfs.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not mounts.is_mounted(rootfs):
-        _mount(plan, rootfs)
+    with told("cannot make the container's root file system"):
+        rootfs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not mounts.is_mounted(rootfs):
+            _mount(plan, rootfs)
     progress.at("the image's /etc/passwd and /etc/group")
     root_fd = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -4,22 +4,25 @@ The SQLite file: images with their names and digests, which container uses which
 images and containers are truth here; the layers' rows are a cache of their directories, rebuilt at start.
 WAL with synchronous=FULL: what was answered survives a power loss.
 
+What makes room must work on a full disk: a reserve file is given up for it, and made again later.
+
 A file that SQLite cannot read is put aside, never deleted, and a new one begun: the layers are still there,
 so pulling an image again costs its manifest only.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ipc import log
 from ipc.messages import Body
 
 SCHEMA_VERSION = 1
+RESERVE = 512 * 1024  # more than the journal of any removal needs
 _SCHEMA = """
 CREATE TABLE layers(
     number INTEGER PRIMARY KEY AUTOINCREMENT, chain_id TEXT NOT NULL UNIQUE, parent TEXT NOT NULL,
@@ -41,6 +44,9 @@ CREATE INDEX containers_by_image ON containers(image_id);
 """
 
 
+Operation = Callable[[sqlite3.Connection], object]
+
+
 class LayerRow(Body):
     """One committed layer; also the content of its `layer.json`. `opaque`: hides all layers below it."""
 
@@ -56,29 +62,58 @@ class Database:
     """One connection. Every method is one statement or one transaction."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._reserve = path.with_name("reserve")
+        self._connection = self._open_anyhow(path)
+        self._make_reserve()
+
+    def _open_anyhow(self, path: Path) -> sqlite3.Connection:
         try:
-            self._connection = _open(path)
-        except sqlite3.OperationalError:
-            raise  # locked, no space, no permission: nothing is wrong with the file
+            return _open(path)
+        except sqlite3.OperationalError:  # no space for the journal, a lock, no permission: the file is good
+            if not self._reserve.exists():
+                raise
+            self._reserve.unlink()
+            return _open(path)
         except sqlite3.DatabaseError as error:
             _put_aside(path, error)
-            self._connection = _open(path)
+            return _open(path)
 
     def close(self) -> None:
         """Close; a last checkpoint is made."""
         self._connection.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, on disk when it is left."""
+    def write(self, operation: Operation) -> None:
+        """Run one transaction: all or nothing, on disk when this returns. Raises sqlite3.Error."""
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            yield self._connection
+            operation(self._connection)
+            self._connection.execute("COMMIT")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # SQLite may have rolled back by itself
+                self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
+
+    def free(self, operation: Operation) -> None:
+        """As `write`, for what removes something: on a full disk the reserve is used up."""
+        try:
+            self.write(operation)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._reserve.exists():
+                raise
+            log.get().warning("disk is full: the reserve is used up to make room")
+            self._reserve.unlink()
+            self.write(operation)
+        else:
+            self._make_reserve()
+
+    def _make_reserve(self) -> None:
+        if self._reserve.exists():
+            return
+        try:
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE)
+        except OSError:  # no room for it now; the next removal tries again
+            self._reserve.unlink(missing_ok=True)
 
     def rows(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         """The rows of a query."""
@@ -108,8 +143,8 @@ class Database:
 
     def drop_layers(self, chain_ids: Iterable[str]) -> None:
         """Forget layers."""
-        with self.transaction() as connection:
-            connection.executemany("DELETE FROM layers WHERE chain_id = ?", [(c,) for c in chain_ids])
+        doomed = [(chain_id,) for chain_id in chain_ids]
+        self.free(lambda c: c.executemany("DELETE FROM layers WHERE chain_id = ?", doomed))
 
     def totals(self) -> tuple[int, int]:
         """Bytes and entries of all layers."""
@@ -147,7 +182,7 @@ class Database:
 
     def drop_container(self, container_id: str) -> None:
         """Forget a container."""
-        self._connection.execute("DELETE FROM containers WHERE id = ?", (container_id,))
+        self.free(lambda c: c.execute("DELETE FROM containers WHERE id = ?", (container_id,)))
 
 
 def _layer_row(row: tuple[str, str, str, int, int, int]) -> LayerRow:

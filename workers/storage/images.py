@@ -52,8 +52,7 @@ class Images:
         """storage.image.put"""
         image = body.image
         self._check(image)
-        with self._database.transaction() as connection:
-            _write(connection, image)
+        self._database.write(lambda connection: _write(connection, image))
         self._layers.release(image.layers)
         return ImageStored(image=self._record(image.id))
 
@@ -162,13 +161,14 @@ class Images:
             raise precondition(f"image {image.id} is in use by {image.in_use} container(s): {shown}")
 
     def _untag(self, reference: str) -> None:
-        with self._database.transaction() as connection:
+        def untag(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM names WHERE name = ?", (reference,))
             connection.execute("DELETE FROM digests WHERE digest = ?", (reference,))
 
+        self._database.free(untag)
+
     def _delete(self, image_id: str) -> None:
-        with self._database.transaction() as connection:
-            connection.execute("DELETE FROM images WHERE id = ?", (image_id,))
+        self._database.free(lambda c: c.execute("DELETE FROM images WHERE id = ?", (image_id,)))
         log.get().info("image removed", image=image_id)
         self._soon(self._layers.sweep)  # when the answer is on its way
 
@@ -197,10 +197,12 @@ class Images:
         self.container_gone()
 
     def _set_aside(self, image_id: str) -> None:
-        with self._database.transaction() as connection:
+        def set_aside(connection: sqlite3.Connection) -> None:
             connection.execute("UPDATE images SET broken = 1 WHERE id = ?", (image_id,))
             connection.execute("DELETE FROM names WHERE image_id = ?", (image_id,))
             connection.execute("DELETE FROM digests WHERE image_id = ?", (image_id,))
+
+        self._database.free(set_aside)
 
 
 _SIZE = (

@@ -33,6 +33,7 @@ from .database import Database, LayerRow
 from .paths import Paths, checked_digest, digest_of
 from .report import Blob, Limits
 from .trees import delete_trees
+from .trouble import HOST_TROUBLE, contained, refusal
 
 LEASE = 600.0
 PIPE_SIZE = 1024 * 1024
@@ -96,22 +97,18 @@ class Layers:
             return LayerBegun(present=True, size=known[1].size)
         if older is not None:
             self._drop(older, RemoteError(Code.CANCELLED, "the layer was begun anew"))
-        write_fd = self._stage(call.connection, body)
-        call.reply(LayerBegun(present=False), fds=[write_fd])
+        call.reply(LayerBegun(present=False), fds=[self._stage(call.connection, body)])
         return None
 
     def _stage(self, connection: Connection, body: LayerBegin) -> int:
         directory = self._paths.fresh(body.chain_id.partition(":")[2][:16])
-        directory.mkdir(mode=0o700)
-        (directory / DIFF).mkdir(mode=0o700)
+        (directory / DIFF).mkdir(mode=0o700, parents=True)
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         _widen(write_fd)
         staging = Staging(begin=body, directory=directory, connection=connection)
         self._stagings[body.chain_id] = staging
-        try:
-            staging.job = self._start_unpack(staging, read_fd)
-        finally:
-            os.close(read_fd)
+        staging.job = self._start_unpack(staging, read_fd)
+        os.close(read_fd)
         staging.forget = lambda: self._connection_closed(staging)
         connection.on_close(staging.forget)
         return write_fd
@@ -194,7 +191,12 @@ class Layers:
             self._settle(staging, outcome)
             return
         row = msgspec.json.decode(outcome, type=LayerRow)
-        self._database.add_layer(row)
+        try:
+            self._database.add_layer(row)
+        except HOST_TROUBLE as error:
+            self.delete([self._paths.layer(row.chain_id)])
+            self._settle(staging, refusal(error, "cannot record the layer"))
+            return
         self.lease(row.chain_id)
         self._settle(staging, LayerCommitted(size=row.size, entries=row.entries))
 
@@ -215,6 +217,9 @@ class Layers:
             reply = self.begin(call, body)
         except RemoteError as error:
             call.fail(error)
+            return
+        except HOST_TROUBLE as error:
+            call.fail(refusal(error, "cannot begin the layer"))
             return
         if reply is not None:
             call.reply(reply)
@@ -332,11 +337,15 @@ class Layers:
         kept = self._protected()
         doomed = [c for c in self._database.unreferenced_layers() if c not in kept]
         if doomed:
-            links = [self._paths.links / str(self._number(chain_id)) for chain_id in doomed]
-            self._database.drop_layers(doomed)
-            for link in links:
-                link.unlink(missing_ok=True)
-            self.delete([self._paths.layer(chain_id) for chain_id in doomed])
+            with contained("sweeping layers"):
+                self._sweep(doomed)
+
+    def _sweep(self, doomed: list[str]) -> None:
+        links = [self._paths.links / str(self._number(chain_id)) for chain_id in doomed]
+        self._database.drop_layers(doomed)
+        for link in links:
+            link.unlink(missing_ok=True)
+        self.delete([self._paths.layer(chain_id) for chain_id in doomed])
 
     def _protected(self) -> set[str]:
         kept: set[str] = set()
@@ -371,6 +380,9 @@ def _moved(source: Path, target: Path) -> bool:
     try:
         source.rename(target)
     except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.get().error("cannot move a tree away to delete it", tree=source, why=error)
         return False
     return True
 

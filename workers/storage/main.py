@@ -18,7 +18,6 @@ from ipc.serve import Call
 from ipc.settings import StorageSettings
 from ipc.table import ROOT, Handler, Handlers, table
 from workers import boot
-from workers.jobs import Jobs
 
 from .containers import Containers
 from .database import Database
@@ -26,6 +25,7 @@ from .images import Images
 from .layers import Layers
 from .paths import Paths
 from .pods import Pods
+from .trouble import Children, answering
 
 CALLERS = frozenset({"cri", ROOT})
 
@@ -41,7 +41,7 @@ class Storage:
     """The parts of the worker, wired."""
 
     def __init__(self, loop: Loop, paths: Paths, settings: StorageSettings) -> None:
-        self.jobs = Jobs(loop)
+        self.jobs = Children(loop)
         self.paths = paths
         self.database = Database(paths.database)
         self.layers = Layers(loop, self.jobs, paths, self.database, settings)
@@ -81,20 +81,20 @@ class Storage:
     def handlers(self) -> Handlers:
         """The worker's table."""
         return table(
-            Handler(storage.LayerBegin, self.layers.begin, CALLERS),
-            Handler(storage.LayerCommit, self.layers.commit, CALLERS),
-            Handler(storage.LayerAbort, self.layers.abort, CALLERS),
-            Handler(storage.ImagePut, self.images.put, CALLERS),
-            Handler(storage.ImageGet, self.images.get, CALLERS),
-            Handler(storage.ImageList, self.images.list_all, CALLERS),
-            Handler(storage.ImageRemove, self.images.remove, CALLERS),
-            Handler(storage.FsInfoGet, self.fs_info, CALLERS),
-            Handler(storage.PodSetup, self.pods.setup, CALLERS),
-            Handler(storage.PodTeardown, self.pods.teardown, CALLERS),
-            Handler(storage.ContainerCreate, self.containers.create, CALLERS),
-            Handler(storage.ContainerRemove, self.containers.remove, CALLERS),
-            Handler(storage.ContainerUnmount, self.containers.unmount, CALLERS),
-            Handler(storage.InventoryList, self.inventory, CALLERS),
+            Handler(storage.LayerBegin, answering(self.layers.begin), CALLERS),
+            Handler(storage.LayerCommit, answering(self.layers.commit), CALLERS),
+            Handler(storage.LayerAbort, answering(self.layers.abort), CALLERS),
+            Handler(storage.ImagePut, answering(self.images.put), CALLERS),
+            Handler(storage.ImageGet, answering(self.images.get), CALLERS),
+            Handler(storage.ImageList, answering(self.images.list_all), CALLERS),
+            Handler(storage.ImageRemove, answering(self.images.remove), CALLERS),
+            Handler(storage.FsInfoGet, answering(self.fs_info), CALLERS),
+            Handler(storage.PodSetup, answering(self.pods.setup), CALLERS),
+            Handler(storage.PodTeardown, answering(self.pods.teardown), CALLERS),
+            Handler(storage.ContainerCreate, answering(self.containers.create), CALLERS),
+            Handler(storage.ContainerRemove, answering(self.containers.remove), CALLERS),
+            Handler(storage.ContainerUnmount, answering(self.containers.unmount), CALLERS),
+            Handler(storage.InventoryList, answering(self.inventory), CALLERS),
         )
 
 

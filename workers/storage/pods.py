@@ -22,6 +22,7 @@ from workers.jobs import Jobs
 from . import mounts
 from .paths import Paths, checked_id
 from .serial import Done, Serial
+from .trouble import told
 
 MAX_HOST_FILE = 1024 * 1024
 SHM_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
@@ -82,14 +83,10 @@ class Pods:
 def set_up(directory: str, body: PodSetup) -> PodFiles:
     """Make the pod's files and its tmpfs; what is there stays."""
     os.umask(0o022)
-    home = Path(directory)
-    home.mkdir(mode=0o700, exist_ok=True)
-    resolv_conf = body.resolv_conf if body.resolv_conf is not None else host_resolv_conf()
-    _write_once(home / "resolv.conf", resolv_conf)
-    _write_once(home / "hostname", f"{body.hostname}\n".encode())
-    _write_once(home / "hosts", hosts(body.hostname).encode())
+    with told("cannot write the pod's files"):
+        _write_files(Path(directory), body)
     if body.shm_bytes:
-        _mount_shm(home / "shm", body.shm_bytes)
+        _mount_shm(Path(directory, "shm"), body.shm_bytes)
     return PodFiles(
         directory=directory,
         shm=f"{directory}/shm" if body.shm_bytes else "",
@@ -97,6 +94,14 @@ def set_up(directory: str, body: PodSetup) -> PodFiles:
         hostname=f"{directory}/hostname",
         hosts=f"{directory}/hosts",
     )
+
+
+def _write_files(home: Path, body: PodSetup) -> None:
+    home.mkdir(mode=0o700, exist_ok=True)
+    resolv_conf = body.resolv_conf if body.resolv_conf is not None else host_resolv_conf()
+    _write_once(home / "resolv.conf", resolv_conf)
+    _write_once(home / "hostname", f"{body.hostname}\n".encode())
+    _write_once(home / "hosts", hosts(body.hostname).encode())
 
 
 def hosts(hostname: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import sqlite3
 import threading
 import zlib
 from collections.abc import Callable
@@ -293,9 +294,13 @@ def test_a_database_of_another_schema_is_put_aside(tmp_path: Path) -> None:
 
 def test_a_transaction_that_fails_changes_nothing(tmp_path: Path) -> None:
     database = Database(tmp_path / "images.db")
-    with pytest.raises(KeyError), database.transaction() as connection:
+
+    def fail(connection: sqlite3.Connection) -> None:
         connection.execute("INSERT INTO containers VALUES ('a', 'b', 'c')")
         raise KeyError
+
+    with pytest.raises(KeyError):
+        database.write(fail)
     assert database.container_ids() == set()
     database.add_container("a", "b", "c")
     assert database.container("a") == ("b", "c")
