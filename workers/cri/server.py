@@ -37,6 +37,7 @@ class Rpc:
     name: str
     number: int
     context: grpc.aio.ServicerContext[Any, Any]
+    subject: Mapping[str, str] = field(default_factory=dict)  # what it is about, for the log
     since: float = field(default_factory=time.monotonic)
 
     def timeout(self, most: float) -> float:
@@ -135,7 +136,7 @@ class Front:
 
     def _unary(self, name: str, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
         async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            rpc = Rpc(name, next(self._numbers), context)
+            rpc = Rpc(name, next(self._numbers), context, subject_of(request))
             answer, error = await self._serve(rpc, handler, request)
             if error is not None:
                 await context.abort(status_of(error), error.message[:MAX_MESSAGE])
@@ -172,7 +173,7 @@ class Front:
         seconds = time.monotonic() - rpc.since
         self._stats.observe(rpc.name, seconds, failed=code != "ok")
         fields: dict[str, Any] = {"rpc": rpc.name, "request": rpc.number, "code": code}
-        fields["ms"] = round(seconds * 1000, 1)
+        fields |= {"ms": round(seconds * 1000, 1), **rpc.subject}
         if text:
             fields["error"] = text
         quiet = code == "ok" and rpc.name.startswith(QUIET)
@@ -185,6 +186,17 @@ class Front:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented")
 
         return serve
+
+
+def subject_of(request: Any) -> dict[str, str]:
+    """The pod, container or image that a request names, for its log line."""
+    named = {
+        "pod": getattr(request, "pod_sandbox_id", ""),
+        "container": getattr(request, "container_id", ""),
+        "image": getattr(getattr(request, "image", None), "image", ""),
+        "name": getattr(getattr(getattr(request, "config", None), "metadata", None), "name", ""),
+    }
+    return {key: value[:200] for key, value in named.items() if value}
 
 
 async def unimplemented(rpc: Rpc, _request: Any) -> Any:

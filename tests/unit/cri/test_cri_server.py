@@ -16,7 +16,7 @@ from ipc.messages import network, storage, supervisor
 from tests.support.cri_world import Worker, World, eventually, hang, world_and_worker
 from workers.cri.main import image_service, runtime_service, version
 from workers.cri.metrics import RpcStats
-from workers.cri.server import status_of
+from workers.cri.server import status_of, subject_of
 
 Scenario = Callable[[World, Worker], Coroutine[Any, Any, None]]
 NOT_YET = {
@@ -216,3 +216,14 @@ def test_a_deadline_of_a_look_up_travels() -> None:
         assert code == grpc.StatusCode.DEADLINE_EXCEEDED
 
     play(scenario)
+
+
+def test_log_lines_name_what_a_request_is_about_and_no_secret() -> None:
+    pull = pb.PullImageRequest(image=pb.ImageSpec(image="q.io/x:1"), auth=pb.AuthConfig(password="hush"))
+    assert subject_of(pull) == {"image": "q.io/x:1"}
+    create = pb.CreateContainerRequest(
+        pod_sandbox_id="ab", config=pb.ContainerConfig(metadata=pb.ContainerMetadata(name="c"))
+    )
+    assert subject_of(create) == {"pod": "ab", "name": "c"}
+    assert subject_of(pb.StartContainerRequest(container_id="cd")) == {"container": "cd"}
+    assert subject_of(pb.VersionRequest()) == {}
