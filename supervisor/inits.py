@@ -111,7 +111,7 @@ class Inits:
 
         keep = [lock_fd, gate_read, result_write]
         try:
-            child = spawn.fork(self._ground.loop, spawn.Job(title, work, log, keep, None, False))
+            child = spawn.fork(spawn.Job(title, work, log, keep, None, False))
         except OSError:
             os.close(result_read)
             os.close(gate_write)

@@ -8,6 +8,7 @@ It owns `<run_root>/monitors/`, but for what a monitor writes into its own direc
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class Monitors:
     def _fork(self, container_id: str, pod_id: str, directory: str, lock_fd: int) -> int:
         with channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid) as listener:
             job = self._job(container_id, pod_id, directory, lock_fd, listener)
-            child = spawn.fork(self._ground.loop, job)
+            child = spawn.fork(job)
         started = self._ground.loop.time()
         self._ground.reaper.watch(child.pid, lambda code: self._ended(container_id, child.pid, started, code))
         held.write_holder(lock_fd, child.pid)
@@ -92,9 +93,10 @@ class Monitors:
         )
         context = spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log)
 
+        run = importlib.import_module(self._entry.module).run  # loaded already
+
         def work() -> None:
-            spawn.run_monitor(
-                self._entry.module,
+            run(
                 context,
                 container_id=container_id,
                 pod_id=pod_id,

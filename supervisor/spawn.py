@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from ipc import kernel
 from ipc import log as ipc_log
 from ipc.log import Log
-from ipc.loop import Loop
 from ipc.messages.supervisor import SandboxReport
 from ipc.settings import Common
 from supervisor.sandbox.spec import Identity
@@ -29,9 +28,6 @@ from supervisor.title import set_title
 
 BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
 GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
-
-#: What the supervisor catches. A list, because asking for each signal makes a child dirty many pages.
-CAUGHT = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 #: Sockets and other things a child keeps beyond 0, 1, 2.
 Descriptors = Collection[int]
@@ -92,7 +88,7 @@ def tasks() -> int:
     return os.stat("/proc/self/task").st_nlink - 2  # a directory per task
 
 
-def fork(loop: Loop, job: Job) -> Child:
+def fork(job: Job) -> Child:
     """Fork a child that waits at its gate. Raises OSError if there can be no child."""
     assert tasks() == 1, "the supervisor must have one task when it forks"
     gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
@@ -104,16 +100,17 @@ def fork(loop: Loop, job: Job) -> Child:
         os.close(gate_write)
         raise
     if pid == 0:
-        _child(loop, job, gate_read, parent)
+        _child(job, gate_read, parent)
     os.close(gate_read)
     return Child(pid, gate_write)
 
 
-def _child(loop: Loop, job: Job, gate_fd: int, parent: int) -> None:
+def _child(job: Job, gate_fd: int, parent: int) -> None:
     status = BUG_STATUS
     try:
-        _reset_signals()
-        loop.abandon()
+        # The loop's handlers stay: they do nothing by themselves, exec resets them, and setting each anew
+        # dirties 300 KiB in every child. The loop itself is left alone; its descriptor is closed with the rest.
+        signal.set_wakeup_fd(-1)
         _redirect(job.stderr_fd)
         close_all_but({0, 1, 2, gate_fd, *job.keep})
         os.setsid()
@@ -132,12 +129,6 @@ def _child(loop: Loop, job: Job, gate_fd: int, parent: int) -> None:
         job.log.bug("process ended by a bug", error)
     finally:
         os._exit(status)
-
-
-def _reset_signals() -> None:
-    signal.set_wakeup_fd(-1)
-    for number in CAUGHT:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _redirect(stderr_fd: int | None) -> None:
@@ -209,27 +200,6 @@ def _enter(plan: WorkerPlan) -> SandboxReport:
     from supervisor.sandbox import enter
 
     return enter(plan.entry.sandbox, plan.identity, plan.paths)
-
-
-def run_monitor(
-    module: str,
-    context: WorkerContext,
-    *,
-    container_id: str,
-    pod_id: str,
-    directory: str,
-    lock_fd: int,
-    listener: socket.socket,
-) -> None:
-    """A monitor's life, in the child. Its module is loaded already."""
-    importlib.import_module(module).run(
-        context,
-        container_id=container_id,
-        pod_id=pod_id,
-        directory=directory,
-        lock_fd=lock_fd,
-        listener=listener,
-    )
 
 
 def spawn_program(argv: list[str], output_fd: int) -> int:

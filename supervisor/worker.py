@@ -109,7 +109,7 @@ class Worker:
         ours, theirs = pair()
         worker._stderr_fd, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            child = spawn.fork(ground.loop, worker._job(theirs, stderr_write))
+            child = spawn.fork(worker._job(theirs, stderr_write))
         except OSError:
             ours.close()
             os.close(worker._stderr_fd)
@@ -236,7 +236,7 @@ class Worker:
         if ready and self._control is not None:
             self._control.stop(grace)
         else:
-            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGKILL)  # it serves nobody yet
         self._kill_later(grace + KILL_AFTER)
 
     def kill(self, why: str, *, abort: bool = False) -> None:
