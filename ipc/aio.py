@@ -75,6 +75,7 @@ class Connection:
         self.closed = False
         self.on_close: Callable[[Connection], object] = lambda _self: None
         self.in_flight: dict[int, Call] = {}
+        self.served = 0  # calls that are over
         self._loop = asyncio.get_running_loop()
         self._channel = Channel(sock)
         self._calls = calls.Calls(handlers, peer.kind, max_requests=max_requests)
@@ -150,6 +151,7 @@ class Connection:
         # A callback, not a `finally`: a task that is cancelled before its first step runs none of its code.
         call.fds.close()
         self.in_flight.pop(number, None)
+        self.served += 1
         self._tasks.pop(number, None)
 
     def _answer(self, number: int, body: Body, fds: FdSet) -> None:
@@ -385,6 +387,7 @@ class Server:
         self._max_requests = max_requests
         self._log = log
         self._listeners: list[socket.socket] = []
+        self._served_before = 0  # on connections that are gone
 
     def start(self, listener: socket.socket) -> None:
         """Accept on a listening SEQPACKET socket; it stays the caller's."""
@@ -408,8 +411,14 @@ class Server:
         self.connections.add(connection)
         return connection
 
+    @property
+    def served(self) -> int:
+        """How many calls were served since the start."""
+        return self._served_before + sum(connection.served for connection in self.connections)
+
     def _closed(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        self._served_before += connection.served
         self.last_activity = time.monotonic()
 
     def _bug(self, error: BaseException) -> None:

@@ -109,7 +109,7 @@ def _child(job: Job, gate_fd: int, parent: int) -> None:
     status = BUG_STATUS
     try:
         # The loop's handlers stay: they do nothing by themselves, exec resets them, and setting each anew
-        # dirties 300 KiB in every child. The loop itself is left alone; its descriptor is closed with the rest.
+        # dirties 300 KiB in every child. The loop is left alone; its descriptor is closed with the rest.
         signal.set_wakeup_fd(-1)
         _redirect(job.stderr_fd)
         close_all_but({0, 1, 2, gate_fd, *job.keep})

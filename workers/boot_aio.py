@@ -96,7 +96,8 @@ class AioService:
                 last_busy = time.monotonic()
 
     async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
-        return control.Health(requests=self.server.in_flight(), doing=self._doing())
+        counters = {"served": self.server.served}  # the supervisor recycles by it
+        return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
 
     async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
         self._grace = body.grace_ms / 1000

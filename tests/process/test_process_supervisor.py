@@ -124,6 +124,17 @@ def test_a_connection_that_waits_while_a_pool_is_stuck_gets_a_second_worker(inst
     os.kill(first, signal.SIGKILL)
 
 
+def test_a_worker_that_has_served_enough_is_recycled_in_order(instance: Instance) -> None:
+    first = instance.served_by("image")
+    with instance.client("image") as client:
+        for _ in range(25):
+            client.call(storage.FsInfoGet())
+    eventually(lambda: instance.served_by("image") != first)
+    row = instance.worker("image")
+    assert (row.restarts, row.last_death) == (0, "")
+    assert 'msg="worker recycled" kind=image' in instance.log()
+
+
 def test_log_lines_bear_the_senders_pid_and_a_flood_is_bounded(instance: Instance) -> None:
     instance.fault("image", "flood")
     pid = instance.served_by("image")

@@ -25,6 +25,7 @@ def fake_table() -> table.Table:
     # A sandbox that a fake fits in: only its report is looked at.
     loose = Sandbox(landlock=False, no_new_privs=True, capabilities=STORAGE_CAPABILITIES)
     entries["network"] = dataclasses.replace(entries["network"], sandbox=loose)
+    entries["image"] = dataclasses.replace(entries["image"], recycle=20)
     entries["monitor"] = dataclasses.replace(table.TABLE["monitor"], module="tests.support.fake_monitor")
     entries["init"] = table.TABLE["init"]
     return entries
