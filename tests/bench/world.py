@@ -1,0 +1,87 @@
+"""Runs in: `make bench`. Pods through the CRI socket, and a root file system for those who work by hand."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ipc.cri import api_pb2 as cri
+from tests.support.daemon import Node
+from tests.support.monitor_process import busybox_root
+
+
+class Pods:
+    """Ordinary pods with a network of their own, of one image."""
+
+    def __init__(self, node: Node, image: str) -> None:
+        self._node = node
+        self._image = image
+
+    def config(self, name: str) -> cri.PodSandboxConfig:
+        """A pod's configuration."""
+        return cri.PodSandboxConfig(
+            metadata=cri.PodSandboxMetadata(name=name, namespace="bench", uid=f"uid-{name}"),
+            hostname=name[:60],
+            log_directory=str(self._node.logs / name),
+            linux=cri.LinuxPodSandboxConfig(
+                security_context=cri.LinuxSandboxSecurityContext(
+                    namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)
+                )
+            ),
+        )
+
+    def run(self, name: str) -> str:
+        """RunPodSandbox."""
+        request = cri.RunPodSandboxRequest(config=self.config(name))
+        return self._node.runtime.RunPodSandbox(request, timeout=60).pod_sandbox_id
+
+    def create(self, pod: str, pod_name: str, command: list[str], name: str = "main") -> str:
+        """CreateContainer."""
+        security = cri.LinuxContainerSecurityContext(namespace_options=cri.NamespaceOption(pid=cri.CONTAINER))
+        request = cri.CreateContainerRequest(
+            pod_sandbox_id=pod,
+            config=cri.ContainerConfig(
+                metadata=cri.ContainerMetadata(name=name),
+                image=cri.ImageSpec(image=self._image),
+                command=command,
+                log_path=f"{name}.log",
+                linux=cri.LinuxContainerConfig(
+                    security_context=security,
+                    resources=cri.LinuxContainerResources(cpu_shares=512, memory_limit_in_bytes=512 << 20),
+                ),
+            ),
+            sandbox_config=self.config(pod_name),
+        )
+        return self._node.runtime.CreateContainer(request, timeout=60).container_id
+
+    def start(self, container: str) -> None:
+        """StartContainer."""
+        self._node.runtime.StartContainer(cri.StartContainerRequest(container_id=container), timeout=60)
+
+    def execute(self, container: str, *command: str) -> None:
+        """ExecSync."""
+        request = cri.ExecSyncRequest(container_id=container, cmd=command, timeout=60)
+        answer = self._node.runtime.ExecSync(request, timeout=70)
+        assert answer.exit_code == 0, answer
+
+    def remove(self, pod: str) -> None:
+        """StopPodSandbox and RemovePodSandbox."""
+        self._node.runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=60)
+        self._node.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=60)
+
+
+@contextmanager
+def image_root(base: Path) -> Iterator[Path]:
+    """A mounted overlay of busybox, as a container's root file system is one."""
+    lower = busybox_root(base / "lower")
+    for name in ("upper", "work", "merged"):
+        (base / name).mkdir()
+    options = f"lowerdir={lower},upperdir={base}/upper,workdir={base}/work"
+    merged = base / "merged"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(merged)], check=True)
+    try:
+        yield merged
+    finally:
+        subprocess.run(["umount", "-l", str(merged)], check=True)
