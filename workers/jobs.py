@@ -113,7 +113,12 @@ class Jobs:
         title = name or function.__name__.strip("_").replace("_", " ")
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         worker = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_fd)
+            os.close(write_fd)
+            raise
         if pid == 0:
             _child(self._loop, worker, lambda: _result(function, args), write_fd, fds)
         os.close(write_fd)

@@ -24,7 +24,7 @@ LEAVES = ("image", "storage", "network", "ops")
 FRONT = ("cri", "supervisor")
 #: Seconds from the start of an operation to the kill; the long form walks through more of them.
 MOMENTS = (0.0, 0.004, 0.015, 0.05, 0.12) if os.environ.get("BULKHEAD_CRASH") == "long" else (0.006, 0.04)
-CONFIG = "[restart]\nfailed_deaths = 10000\nmax_delay = 1.0\n[timeouts]\nping = 1.0\n"
+CONFIG = "[restart]\nfailed_deaths = 10000\nmax_delay = 1.0\nreset_after = 1.0\n[timeouts]\nping = 1.0\n"
 
 
 @pytest.fixture(scope="module")
