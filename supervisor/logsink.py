@@ -22,6 +22,7 @@ from ipc.loop import Loop
 
 RATE = 200.0  # lines a second and process
 BURST = 2000.0
+STDERR_LINE = 4096  # bytes kept of one line of a worker's standard error
 _PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 _TURN = 64  # packets before the loop gets its turn
 _SENDERS = 4096  # processes remembered
@@ -117,6 +118,24 @@ class LogSink:
         self._readable()
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
+
+
+class Lines:
+    """Sans-IO: cuts what comes through a pipe into lines; empty ones are left out, long ones are cut."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def take(self, data: bytes) -> list[bytes]:
+        """Return the lines that are complete now."""
+        *lines, tail = (self._tail + data).split(b"\n")
+        self._tail = tail[:STDERR_LINE]
+        return [line[:STDERR_LINE] for line in lines if line]
+
+    def rest(self) -> list[bytes]:
+        """Return what came without an end of line, at the end."""
+        tail, self._tail = self._tail, b""
+        return [tail] if tail else []
 
 
 class SupervisorLog(Log):

@@ -26,7 +26,7 @@ from supervisor import spawn
 from supervisor.cgroup import Groups
 from supervisor.config import TimeoutsConfig
 from supervisor.control import Control
-from supervisor.logsink import LogSink
+from supervisor.logsink import Lines, LogSink
 from supervisor.reaper import Reaper
 from supervisor.sandbox.report import differences
 from supervisor.sandbox.spec import Identity
@@ -34,7 +34,6 @@ from supervisor.sockets import Sockets
 from supervisor.table import Entry
 
 KILL_AFTER = 2.0  # seconds from SIGABRT, or from the end of the grace, to SIGKILL
-_STDERR_LINE = 4096
 
 
 class Phase(enum.StrEnum):
@@ -97,6 +96,7 @@ class Worker:
     why: str = ""  # why we killed it, if we did
     _control: Control | None = None
     _stderr_fd: int = -1
+    _stderr: Lines = field(default_factory=Lines)
     _asking: bool = False
     _timer: Timer | None = None
 
@@ -266,6 +266,7 @@ class Worker:
             control.close()
             self._cancel_timer()  # closing the channel sets one
         self._read_stderr()
+        self._log_lines(self._stderr.rest())
         self.ground.loop.remove_reader(self._stderr_fd)
         os.close(self._stderr_fd)
         self.ground.sink.forget(self.pid)
@@ -282,10 +283,13 @@ class Worker:
             data = os.read(self._stderr_fd, 65536)
             if not data:
                 self.ground.loop.remove_reader(self._stderr_fd)
-            log = Log(self.kind)
-            for line in data.decode("utf-8", "replace").splitlines():
-                text = log.format("warning", "standard error", {"line": line[:_STDERR_LINE]})
-                self.ground.sink.line(self.pid, text.encode())
+            self._log_lines(self._stderr.take(data))
+
+    def _log_lines(self, lines: list[bytes]) -> None:
+        log = Log(self.kind)
+        for line in lines:
+            text = log.format("warning", "standard error", {"line": line.decode("utf-8", "replace")})
+            self.ground.sink.line(self.pid, text.encode())
 
     # -- telling --------------------------------------------------------------------------------------
 

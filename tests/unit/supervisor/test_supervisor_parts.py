@@ -13,7 +13,7 @@ from ipc.log import Log
 from ipc.loop import Loop
 from supervisor import directories, files, held, hostinfo, sockets
 from supervisor.config import Config, RuntimeConfig
-from supervisor.logsink import BURST, LogSink
+from supervisor.logsink import BURST, STDERR_LINE, Lines, LogSink
 from supervisor.notify import Notifier
 from supervisor.tally import KEPT, Tally, describe
 
@@ -105,6 +105,17 @@ def test_a_full_pipe_costs_lines_and_no_time(tmp_path: Path) -> None:
     os.close(read_fd)
     sink.line(7, b"nobody reads")
     sink.close()
+
+
+def test_pieces_of_a_pipe_become_whole_lines() -> None:
+    lines = Lines()
+    assert lines.take(b"Fatal error: ") == []
+    assert lines.take(b"Aborted\n\nCurr") == [b"Fatal error: Aborted"]
+    assert lines.take(b"ent\nthread") == [b"Current"]
+    assert (lines.rest(), lines.rest()) == ([b"thread"], [])
+    for _ in range(3):
+        assert lines.take(b"x" * STDERR_LINE) == []
+    assert lines.take(b"\n") == [b"x" * STDERR_LINE]
 
 
 # -- sockets --------------------------------------------------------------------------------
