@@ -1,6 +1,6 @@
 """Runs in: children of network.
 
-A pod's namespaces: made by `unshare` in a child that is thrown away, prepared from inside, and pinned by
+A pod's namespaces: made by `unshare` in a child that returns afterwards, prepared from inside, and pinned by
 bind mounts of `/proc/self/ns/X` in the node's mount namespace. It owns the pins `net`, `ipc` and `uts` of
 `<run_root>/ns/<pod_id>/`; a `pid` pin beside them is the supervisor's and is left alone.
 """
@@ -13,7 +13,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ipc import kernel
 from ipc.errors import invalid
@@ -42,21 +42,32 @@ def paths(directory: str, namespaces: Collection[str]) -> dict[str, str]:
 
 
 def make(pins: Mapping[str, str], *, hostname: str, sysctls: Mapping[str, str]) -> None:
-    """Put this process into new namespaces, prepare and pin them. For a process that ends afterwards.
+    """Make new namespaces, prepare and pin them.
 
     Raises RemoteError or OSError; pins may then stand and are the caller's to remove.
     """
+    with _unshared(pins):
+        if "net" in pins:
+            _loopback_up()
+        if hostname:
+            socket.sethostname(hostname)
+        sysctl.apply(sysctls)
+        for name, path in pins.items():
+            _pin(name, path)
+
+
+@contextlib.contextmanager
+def _unshared(names: Collection[str]) -> Iterator[None]:
+    """In new namespaces; back in the old ones at the end."""
     flags = 0
-    for name in pins:
-        flags |= FLAGS[name]
-    kernel.unshare(flags)
-    if "net" in pins:
-        _loopback_up()
-    if hostname:
-        socket.sethostname(hostname)
-    sysctl.apply(sysctls)
-    for name, path in pins.items():
-        _pin(name, path)
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            flags |= FLAGS[name]
+            home_fd = os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, home_fd)
+            stack.callback(kernel.setns, home_fd, FLAGS[name])
+        kernel.unshare(flags)
+        yield
 
 
 def _loopback_up() -> None:

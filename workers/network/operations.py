@@ -1,7 +1,7 @@
 """Runs in: children of network, one for each of these functions.
 
-What is done to a pod, a step at a time, blocking: `begin` and `attach` make one, `teardown` ends one, whole
-or half made, `check` asks its plugins. Each holds the pod's lock and leaves either a whole pod, nothing, or
+What is done to a pod, blocking: `setup` makes one, `teardown` ends one, whole or half made, `check` asks its
+plugins. Each holds the pod's lock and leaves either a whole pod, nothing, or
 a record that says what is to be undone. A failure that left things in order is returned; anything that is
 raised, or kills the child, makes the worker tear down what was begun.
 """
@@ -84,15 +84,16 @@ def _told(step: Callable[[], PodNetwork | None]) -> bytes:
     return msgspec.msgpack.encode(outcome)
 
 
-def begin(places: Places, plan: Plan) -> bytes:
-    """Answer from the record, or undo what an earlier attempt left, then record, make and pin namespaces.
+def setup(places: Places, plan: Plan, deadline: float) -> bytes:
+    """Answer from the record, or undo what an earlier attempt left, then make the namespaces and ADD.
 
-    The process is in the pod's namespaces afterwards. `network` is set if nothing is left to be done.
+    On failure DEL has run and the namespaces are gone. `deadline` is ADD's.
     """
-    return _told(lambda: _begin(places, plan))
+    return _told(lambda: _begin(places, plan) or _attach(places, plan.pod_id, deadline))
 
 
 def _begin(places: Places, plan: Plan) -> PodNetwork | None:
+    """Record, make and pin. Returns the pod if nothing is left to be done."""
     records = Records(places.records)
     with records.lock(plan.pod_id) as lock:
         record = records.load(plan.pod_id)
@@ -147,11 +148,6 @@ def _negotiated(places: Places, network: Network, lock_fd: int) -> Network:
         return chain.negotiated()
     except PluginError as error:
         raise error.remote() from None
-
-
-def attach(places: Places, pod_id: str, deadline: float) -> bytes:
-    """ADD for a pod that `begin` left; on failure DEL has run and the namespaces are gone."""
-    return _told(lambda: _attach(places, pod_id, deadline))
 
 
 def _attach(places: Places, pod_id: str, deadline: float) -> PodNetwork:

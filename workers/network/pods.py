@@ -91,7 +91,7 @@ class Pods:
 
 @dataclass
 class _Setup:
-    """A pod being made: namespaces, then (after GC) ADD, then the answer."""
+    """A pod being made: after GC, if that is due, its namespaces and ADD in one child, then the answer."""
 
     children: Children
     garbage: Garbage
@@ -102,10 +102,17 @@ class _Setup:
     deadline: float = 0.0
 
     def begin(self) -> None:
-        """First the namespaces."""
+        """First GC, which would take what ADD is given."""
         self.deadline = Loop.time() + self._limit()
-        self.call.doing = f"namespaces of {self.plan.pod_id}"
-        self._start(operations.begin, self.plan, ended=self._begun)
+        self.call.doing = f"CNI GC before {self.plan.pod_id}"
+        if self.plan.network is None:
+            self._make()
+        else:
+            self.garbage.before(self.plan.network, self._make)
+
+    def _make(self) -> None:
+        self.call.doing = f"namespaces and CNI ADD of {self.plan.pod_id}"
+        self._start(operations.setup, self.plan, self.deadline, ended=self._made)
 
     def _limit(self) -> float:
         left = self.call.remaining
@@ -116,20 +123,7 @@ class _Setup:
         timeout = self._limit() + 2 * self.places.teardown_timeout
         self.children.start(function, self.places, *args, ended=ended, timeout=timeout)
 
-    def _begun(self, outcome: bytes | RemoteError) -> None:
-        answer = _read(outcome)
-        if isinstance(answer, RemoteError):
-            self._undo(answer)
-        elif answer.failure is not None or answer.network is not None or self.plan.network is None:
-            self._finish(answer)
-        else:
-            self.garbage.before(self.plan.network, self._attach)
-
-    def _attach(self) -> None:
-        self.call.doing = f"CNI ADD of {self.plan.pod_id}"
-        self._start(operations.attach, self.plan.pod_id, self.deadline, ended=self._attached)
-
-    def _attached(self, outcome: bytes | RemoteError) -> None:
+    def _made(self, outcome: bytes | RemoteError) -> None:
         answer = _read(outcome)
         if isinstance(answer, RemoteError):
             self._undo(answer)

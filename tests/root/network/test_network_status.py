@@ -106,13 +106,19 @@ def test_gc_runs_once_before_the_first_add_and_spares_every_pod(here: Node, clie
     client.call(pod_setup("pod1"))
     collected = runs(here, "GC")
     assert len(collected) == 1
-    assert collected[0]["cni.dev/valid-attachments"] == [{"containerID": "pod0", "ifname": "eth0"}]
+    assert collected[0]["cni.dev/valid-attachments"] == []
     assert "prevResult" not in collected[0]
     here.kill()
     here.start()
     client.call(pod_setup("pod2"))
     assert len(runs(here, "GC")) == 1
-    for pod_id in ("pod0", "pod1", "pod2"):
+    here.kill()
+    (here.run_root / "net" / "gc.marks").unlink()  # as if it had never been done
+    here.start()
+    client.call(pod_setup("pod3"))
+    spared = [entry["containerID"] for entry in runs(here, "GC")[1]["cni.dev/valid-attachments"]]
+    assert sorted(spared) == ["pod0", "pod1", "pod2"]
+    for pod_id in ("pod0", "pod1", "pod2", "pod3"):
         client.call(network.PodTeardown(pod_id=pod_id))
 
 
