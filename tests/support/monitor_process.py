@@ -118,6 +118,11 @@ class MonitorProcess:
         os.close(lock_fd)
         listener.close()
 
+    def adopt(self, pid: int) -> None:
+        """Take over a monitor that another process has forked; that process reaps it."""
+        self.pid = pid
+        self._exit_status = 0
+
     def _be_monitor(self, settings: MonitorSettings, lock_fd: int, listener: socket.socket) -> None:
         code = 1
         try:

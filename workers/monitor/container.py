@@ -14,6 +14,8 @@ import signal
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from ipc.errors import RemoteError, precondition
 from ipc.loop import Loop
 from ipc.messages import Body
@@ -125,11 +127,13 @@ class Container:
 
     def _create(self, request: Create) -> None:
         self.status = Status.CREATING
-        self._request = request
+        self._request = msgspec.structs.replace(request, spec=b"", keep=b"")  # large, and needed only here
         self.runtime = Runtime(
             request.runtime_path, request.runtime_root, tuple(request.runtime_args), request.systemd_cgroup
         )
         try:
+            if request.keep:
+                records.write_kept(self.directory, request.keep)
             self._file = LogFile(request.log_path, self._log)
             Creation(
                 self._loop,
@@ -447,6 +451,7 @@ class Container:
             log_bytes=self._file.written if self._file is not None else 0,
             log_bytes_dropped=self._file.dropped if self._file is not None else 0,
             execs=len(self._execs),
+            starting=self.status is Status.STARTING,
         )
 
     def reopen_log(self) -> None:

@@ -35,10 +35,10 @@ class Born:
 
 
 def write_bundle(directory: str, spec: bytes) -> str:
-    """Write the bundle, return its path. Raises OSError."""
+    """Write the bundle, return its path. The directory's group, cri, may read it. Raises OSError."""
     bundle = os.path.join(directory, BUNDLE)
-    os.makedirs(bundle, mode=0o700, exist_ok=True)
-    write_file(os.path.join(bundle, "config.json"), spec)
+    os.makedirs(bundle, mode=0o750, exist_ok=True)
+    write_file(os.path.join(bundle, "config.json"), spec, mode=0o640)
     return bundle
 
 

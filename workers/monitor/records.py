@@ -1,7 +1,7 @@
 """Runs in: the monitor.
 
-What the monitor leaves on disk for whoever comes after: `state.json` while the container lives, `exit.json`
-when it has ended. Each is written beside its place and renamed, so a reader sees all of it or none.
+What the monitor leaves on disk for whoever comes after: `cri.json`, in the words of who asked for the
+container, `state.json` while the container lives, `exit.json` when it has ended. Each is written beside its place and renamed, so a reader sees all of it or none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ipc.messages.monitor import ExitRecord
 
 STATE = "state.json"
 EXIT = "exit.json"
+KEPT = "cri.json"
 OOM_KILLED = "OOMKilled"
 COMPLETED = "Completed"
 ERROR = "Error"
@@ -48,6 +49,11 @@ def exit_reason(code: int, *, oom_kills: int) -> str:
 def write_state(directory: str, record: StateRecord) -> None:
     """Replace `state.json`. Not fsynced: a machine that loses it has lost the container too."""
     _replace(directory, STATE, msgspec.json.encode(record), durable=False)
+
+
+def write_kept(directory: str, data: bytes) -> None:
+    """Replace `cri.json`. Not fsynced, like the state record. Raises OSError."""
+    _replace(directory, KEPT, data, durable=False)
 
 
 def write_exit(directory: str, record: ExitRecord) -> None:
