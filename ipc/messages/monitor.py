@@ -31,7 +31,8 @@ class Create(Request[Created]):
 
     `spec` is the OCI config.json as bytes; the monitor writes it to `monitors/<id>/bundle/config.json`.
     Sent again after success it returns the same pid. INVALID_ARGUMENT / FAILED_PRECONDITION carry the
-    runtime's own sentence; after a failure the monitor cleans up and exits.
+    runtime's own sentence; after a failure the monitor cleans up and exits. `keep` is written to
+    `monitors/<id>/cri.json` before the runtime is asked: of it `cri` can make its state again.
     """
 
     spec: bytes
@@ -47,6 +48,7 @@ class Create(Request[Created]):
     cgroup_version: int = 2
     timeout_ms: int = 240_000
     runtime_args: list[str] = []
+    keep: bytes = b""  # the caller's own words, kept unread; empty: no file
 
 
 class Started(Body):
@@ -98,6 +100,7 @@ class State(Body):
     log_bytes: int = 0
     log_bytes_dropped: int = 0
     execs: int = 0
+    starting: bool = False  # the runtime's `start` is on its way; `status` is still "created"
 
 
 @request("monitor.container.state", reply=State, idempotent=True)

@@ -31,7 +31,8 @@ from ipc.messages import Body, Empty, Request, image, monitor, network, storage,
 from ipc.settings import CriSettings, Runtime
 from ipc.table import Handler, table
 from tests.support import spec_inputs
-from workers.cri import main, state
+from workers.cri import database, main, state
+from workers.cri.kept import PodFiles
 from workers.cri.node import Node
 from workers.cri.peers import Peers
 from workers.cri.recovery import Recovery
@@ -64,6 +65,8 @@ RESOLVED = image.Resolved(
     source="the-endpoint",
 )
 
+PID = 4242
+
 Fault = RemoteError | Callable[[Any], Awaitable[Any]]
 
 
@@ -78,6 +81,7 @@ class MonitorModel:
         self.exit: monitor.ExitRecord | None = None
         self.stops: list[monitor.Stop] = []
         self.spec = b""
+        self.starting = False
         self._ended = asyncio.Event()
         self._grace: asyncio.Task[None] | None = None
         self.directory = world.root / "monitors" / container_id
@@ -96,7 +100,10 @@ class MonitorModel:
 
     async def create(self, body: monitor.Create) -> monitor.Created:
         self.spec, self.status = body.spec, "created"
-        return monitor.Created(pid=4242)
+        (self.directory / "bundle").mkdir(exist_ok=True)
+        (self.directory / "bundle" / "config.json").write_bytes(body.spec)
+        (self.directory / "cri.json").write_bytes(body.keep)
+        return monitor.Created(pid=PID)
 
     async def start(self, _body: monitor.Start) -> monitor.Started:
         if self.status == "created":
@@ -128,7 +135,11 @@ class MonitorModel:
 
     async def state(self, _body: monitor.StateGet) -> monitor.State:
         return monitor.State(
-            container_id=self.container_id, status=self.status, started_at_ns=self.started_at_ns
+            container_id=self.container_id,
+            status=self.status,
+            started_at_ns=self.started_at_ns,
+            pid=0 if self.status == "new" else PID,
+            starting=self.starting,
         )
 
     async def reopen(self, _body: monitor.LogReopen) -> Empty:
@@ -429,7 +440,8 @@ class World:
             found = self.monitors.get(body.container_id)
             if found is not None and found.alive:
                 raise precondition("the monitor lives")
-            self.monitors.pop(body.container_id, None)
+            if self.monitors.pop(body.container_id, None) is not None:
+                shutil.rmtree(self.root / "monitors" / body.container_id)
             return Empty()
 
         async def listed(_body: supervisor.MonitorList) -> supervisor.MonitorsListed:
@@ -526,7 +538,8 @@ class Worker:
         store.close()
         # what goes on in its tasks speaks to a state of its own and to nobody
         store._db = sqlite3.connect(":memory:", isolation_level=None)
-        store._db.executescript(state._TABLES)
+        store._db.executescript(database.TABLES)
+        store.kept = SilentFiles()
         peers, self.node.peers = self.node.peers, SilentPeers()
         clients: list[Any] = [peers.storage, peers.network, peers.supervisor, peers.image]
         for client in [*clients, *peers._monitors.values()]:
@@ -597,6 +610,19 @@ class SilentPeers(Peers):
         return
 
     async def close(self) -> None:
+        return
+
+
+class SilentFiles(PodFiles):
+    """Files of pods that nobody writes any more."""
+
+    def __init__(self) -> None:
+        """There is no directory."""
+
+    def write(self, _pod_id: str, _kept: Body) -> None:
+        return
+
+    def remove(self, _pod_id: str) -> None:
         return
 
 

@@ -163,6 +163,7 @@ class Containers:
             cgroup_path=built.cgroup_path,
             cgroup_version=(await self._node.host()).cgroup_version,
             timeout_ms=int(timeout * 1000),
+            keep=self._store.keep_container(pod, container),
         )
         answer = await self._node.peers.monitor(container.id).call(request, timeout=timeout)
         container.record.pid = answer.pid

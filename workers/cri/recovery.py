@@ -1,9 +1,10 @@
 """Runs in: cri. After a start: make the state true again, finish or undo what was begun.
 
-`load` is quick and comes before the first answer: ends that were recorded meanwhile are taken in, so that
-lists are exact. `run` does the rest beside the serving: ends of containers are followed again, operations
-with an intent are finished (removals, stops, starts, creations, in this order of strength), and whatever
-other workers still have of pods and containers that nobody knows is removed, however often it takes.
+`load` is quick and comes before the first answer: what the state has lost is taken in again (rebuild.py),
+and the ends that were recorded meanwhile, so that lists are exact. `run` does the rest beside the serving:
+ends of containers are followed again, operations with an intent are finished (removals, stops, starts,
+creations, in this order of strength), and whatever other workers still have of pods and containers that
+nobody knows is removed, however often it takes; but never a container that runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from workers.cri.containers import Containers
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.pods import Pods
+from workers.cri.rebuild import Rebuild, running
 from workers.cri.state import Container, Intent, Phase, Pod
 from workers.cri.watch import Watcher
 
@@ -39,11 +41,13 @@ class Recovery:
         self._pods = pods
         self._containers = containers
         self._watcher = watcher
+        self._spared: set[str] = set()
 
     # -- before the first answer ----------------------------------------------------------------------
 
     async def load(self) -> None:
         """Take in what happened while nobody looked."""
+        await Rebuild(self._node).run()
         live = [c for c in self._store.containers.values() if c.phase in {Phase.CREATED, Phase.RUNNING}]
         for container in live:
             exit_ = self._watcher.read_record(container.id)
@@ -131,8 +135,22 @@ class Recovery:
 
     async def reconcile(self) -> None:
         """Remove what others have of unknown pods and containers; each part is tried until it is done."""
+        self._spare_running()
         parts = (self._clean_monitors, self._clean_inits, self._clean_network, self._clean_storage)
         await asyncio.gather(*(self._until_done(part) for part in parts))
+
+    def _spare_running(self) -> None:
+        """What runs and cannot be known again stays, with its pod, until it ends."""
+        for container_id, pod_id in running(f"{self._node.settings.run_root}/monitors").items():
+            if container_id not in self._store.containers:
+                log.get().error(
+                    "an unknown container runs and is left alone", container=container_id, pod=pod_id
+                )
+                self._spared |= {container_id, pod_id}
+
+    def _unknown(self, id_: str) -> bool:
+        known = id_ in self._store.pods or id_ in self._store.containers
+        return not known and id_ not in self._spared
 
     async def _until_done(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
         delay, longest = BACKOFF
@@ -147,7 +165,7 @@ class Recovery:
     async def _clean_monitors(self) -> None:
         answer = await self._node.peers.supervisor.call(supervisor.MonitorList(), timeout=SHORT)
         for state in answer.monitors:
-            if state.container_id not in self._store.containers:
+            if self._unknown(state.container_id):
                 log.get().warning("an unknown monitor is removed", container=state.container_id)
                 await self._remove_monitor(state.container_id, alive=state.alive)
 
@@ -167,7 +185,7 @@ class Recovery:
     async def _clean_inits(self) -> None:
         answer = await self._node.peers.supervisor.call(supervisor.InitList(), timeout=SHORT)
         for state in answer.inits:
-            if state.pod_id not in self._store.pods:
+            if self._unknown(state.pod_id):
                 log.get().warning("an unknown pod init is ended", pod=state.pod_id)
                 request = supervisor.InitStop(pod_id=state.pod_id)
                 await self._node.peers.supervisor.call(request, timeout=SHORT)
@@ -175,7 +193,7 @@ class Recovery:
     async def _clean_network(self) -> None:
         answer = await self._node.peers.network.call(network.PodList(), timeout=SHORT)
         for pod_id in answer.pods:
-            if pod_id not in self._store.pods:
+            if self._unknown(pod_id):
                 log.get().warning("an unknown pod's network is torn down", pod=pod_id)
                 request = network.PodTeardown(pod_id=pod_id)
                 await self._node.peers.network.call(request, timeout=CLEAN_TIMEOUT)
@@ -184,12 +202,12 @@ class Recovery:
         """Containers first: their mounts may lie on a pod's files."""
         answer = await self._node.peers.storage.call(storage.InventoryList(), timeout=SHORT)
         for container_id in answer.containers:
-            if container_id not in self._store.containers:
+            if self._unknown(container_id):
                 log.get().warning("an unknown container's files are removed", container=container_id)
                 removal = storage.ContainerRemove(container_id=container_id)
                 await self._node.peers.storage.call(removal, timeout=CLEAN_TIMEOUT)
         for pod_id in answer.pods:
-            if pod_id not in self._store.pods:
+            if self._unknown(pod_id):
                 log.get().warning("an unknown pod's files are removed", pod=pod_id)
                 teardown = storage.PodTeardown(pod_id=pod_id)
                 await self._node.peers.storage.call(teardown, timeout=CLEAN_TIMEOUT)

@@ -4,19 +4,23 @@ Owns `<run_root>/cri/state.db` (SQLite) and its mirror in memory; lists and look
 Every operation of several steps writes an intent before its first step and drops it with its result, so
 that the next `cri` finishes or undoes it (recovery.py). The file belongs to one boot: rows of another boot id
 are forgotten. It must survive the death of this process, not a power cut, so nothing is fsynced: a write
-costs microseconds and may stand in the event loop.
+costs microseconds and may stand in the event loop. A damaged file is set aside and the state begins empty;
+rebuild.py fills it from what stands beside it.
 """
 
 from __future__ import annotations
 
 import enum
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
+from google.protobuf.message import DecodeError
 
 from ipc import log
 from ipc.cri import api_pb2 as pb
@@ -24,18 +28,11 @@ from ipc.errors import not_found
 from ipc.messages import Body
 from ipc.messages.monitor import ExitRecord
 from ipc.messages.storage import PodFiles
+from workers.cri import database
+from workers.cri.kept import PodFiles as KeptFiles
 from workers.cri.names import ContainerName, Ids, PodName
 
-SCHEMA = 1
-_TABLES = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS pods (id TEXT PRIMARY KEY, record BLOB NOT NULL, config BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS containers
-    (id TEXT PRIMARY KEY, record BLOB NOT NULL, config BLOB NOT NULL, spec BLOB);
-CREATE TABLE IF NOT EXISTS intents
-    (subject TEXT NOT NULL, kind TEXT NOT NULL, detail TEXT NOT NULL, at_ns INTEGER NOT NULL,
-     PRIMARY KEY (subject, kind)) WITHOUT ROWID;
-"""
+B = TypeVar("B", bound=Body)
 
 
 class Phase(enum.StrEnum):
@@ -86,6 +83,23 @@ class ContainerRecord(Body):
     stop_signal: str = "SIGTERM"
     started_at_ns: int = 0
     exit: ExitRecord | None = None
+
+
+class KeptPod(Body):
+    """A pod as it is kept beside the state; `boot_id` says of which boot."""
+
+    boot_id: str
+    record: PodRecord
+    config: bytes
+
+
+class KeptContainer(Body):
+    """A container as its monitor keeps it, with its pod as it was when the container was made."""
+
+    boot_id: str
+    record: ContainerRecord
+    config: bytes
+    pod: KeptPod
 
 
 class Intent(Body):
@@ -148,10 +162,6 @@ def container_name(pod_id: str, config: pb.ContainerConfig) -> ContainerName:
     return ContainerName(pod_id, config.metadata.name, config.metadata.attempt)
 
 
-class WrongSchema(RuntimeError):
-    """The file is of a release that this one does not know; going on would tear running pods down."""
-
-
 class Store:
     """All pods and containers. Changing a record takes effect with `save_pod` or `save_container`."""
 
@@ -163,9 +173,9 @@ class Store:
         self._container_names: dict[ContainerName, str] = {}
         self._pod_ids = Ids("pod sandbox")
         self._container_ids = Ids("container")
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._open(boot_id)
-        self._load()
+        self.boot_id = boot_id
+        self.kept = KeptFiles(f"{os.path.dirname(path)}/pods")
+        self._db = self._open(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -232,7 +242,9 @@ class Store:
                 (record.id, msgspec.msgpack.encode(record), config.SerializeToString()),
             )
             self.begin(record.id, "pod.run")
-        return self._show_pod(record, config)
+        pod = self._show_pod(record, config)
+        self.kept.write(pod.id, self.keep_pod(pod))
+        return pod
 
     def add_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
         """A container begins to be: its row and its intent are written together, its name is taken."""
@@ -252,6 +264,7 @@ class Store:
             record = msgspec.msgpack.encode(pod.record)
             self._db.execute("UPDATE pods SET record = ? WHERE id = ?", (record, pod.id))
             self._end(pod.id, done)
+        self.kept.write(pod.id, self.keep_pod(pod))
 
     def save_container(self, container: Container, *, done: str = "") -> None:
         """Write a container's record; `done` is the intent that ends with it."""
@@ -266,6 +279,7 @@ class Store:
 
     def drop_pod(self, pod: Pod) -> None:
         """Nothing is left of the pod: forget it and its intents. Absent is success."""
+        self.kept.remove(pod.id)  # first: what stands there without a row is taken for a lost pod
         with self._transaction():
             self._db.execute("DELETE FROM pods WHERE id = ?", (pod.id,))
             self._db.execute("DELETE FROM intents WHERE subject = ?", (pod.id,))
@@ -283,6 +297,45 @@ class Store:
         self._container_ids.discard(container.id)
         self.containers.pop(container.id, None)
         self._of_pod.get(container.record.pod_id, {}).pop(container.id, None)
+
+    def keep_pod(self, pod: Pod) -> KeptPod:
+        """A pod in the form that is kept beside the state."""
+        return KeptPod(boot_id=self.boot_id, record=pod.record, config=pod.config.SerializeToString())
+
+    def keep_container(self, pod: Pod, container: Container) -> bytes:
+        """What a container's monitor keeps of it."""
+        return msgspec.json.encode(
+            KeptContainer(
+                boot_id=self.boot_id,
+                record=container.record,
+                config=container.config.SerializeToString(),
+                pod=self.keep_pod(pod),
+            )
+        )
+
+    def take_pod(self, kept: KeptPod, *, intent: str = "") -> Pod:
+        """A pod that was lost is known again; `intent` is the operation to finish on it."""
+        record = kept.record
+        with self._transaction():
+            row = (record.id, msgspec.msgpack.encode(record), kept.config)
+            self._db.execute("INSERT INTO pods VALUES (?, ?, ?)", row)
+            self._begin_if(record.id, intent)
+        pod = self._show_pod(record, pb.PodSandboxConfig.FromString(kept.config))
+        self.kept.write(pod.id, kept)
+        return pod
+
+    def take_container(self, kept: KeptContainer, spec: bytes | None, *, intent: str = "") -> Container:
+        """A container that was lost is known again."""
+        record = kept.record
+        with self._transaction():
+            row = (record.id, msgspec.msgpack.encode(record), kept.config, spec)
+            self._db.execute("INSERT INTO containers VALUES (?, ?, ?, ?)", row)
+            self._begin_if(record.id, intent)
+        return self._show_container(record, pb.ContainerConfig.FromString(kept.config))
+
+    def _begin_if(self, subject: str, intent: str) -> None:
+        if intent:
+            self.begin(subject, intent)
 
     def begin(self, subject: str, kind: str, detail: dict[str, str] | None = None) -> None:
         """Write an intent; begun again, the newer detail counts."""
@@ -318,31 +371,42 @@ class Store:
 
     # -- inside ---------------------------------------------------------------------------------------
 
-    def _open(self, boot_id: str) -> None:
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._db.executescript(_TABLES)
-        meta = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
-        if int(meta.get("schema", SCHEMA)) != SCHEMA:
-            raise WrongSchema(f"state.db has schema {meta['schema']}, this release knows {SCHEMA}")
-        with self._transaction():
-            if meta.get("boot_id", boot_id) != boot_id:
-                self._forget_all()
-            pairs = [("schema", str(SCHEMA)), ("boot_id", boot_id)]
-            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
+    def _open(self, path: str) -> sqlite3.Connection:
+        """Open the file and take its rows in; a damaged one makes room for an empty one."""
+        try:
+            return self._read(path)
+        except database.Damaged as error:
+            aside = database.set_aside(path)
+            log.get().error("the state is damaged and set aside", file=aside, why=error)
+        return self._read(path)
 
-    def _forget_all(self) -> None:
-        log.get().info("the machine was booted anew, old pods and containers are forgotten")
-        for table in ("pods", "containers", "intents"):
-            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own tables
+    def _read(self, path: str) -> sqlite3.Connection:
+        db = database.connect(path)
+        try:
+            self._of_this_boot(db)
+            pods, containers = _rows(db)
+        except sqlite3.Error as error:
+            db.close()
+            raise database.damage(error) from error
+        except database.Damaged:
+            db.close()
+            raise
+        for pod, sandbox_config in pods:
+            self._show_pod(pod, sandbox_config)
+        for container, config in containers:
+            self._show_container(container, config)
+        return db
 
-    def _load(self) -> None:
-        for record, config in self._db.execute("SELECT record, config FROM pods ORDER BY rowid"):
-            pod = msgspec.msgpack.decode(record, type=PodRecord)
-            self._show_pod(pod, pb.PodSandboxConfig.FromString(config))
-        for record, config in self._db.execute("SELECT record, config FROM containers ORDER BY rowid"):
-            container = msgspec.msgpack.decode(record, type=ContainerRecord)
-            self._show_container(container, pb.ContainerConfig.FromString(config))
+    def _of_this_boot(self, db: sqlite3.Connection) -> None:
+        """Forget what another boot left, in the file and beside it."""
+        row = db.execute("SELECT value FROM meta WHERE key = 'boot_id'").fetchone()
+        if row is not None and row[0] != self.boot_id:
+            log.get().info("the machine was booted anew, old pods and containers are forgotten")
+            db.executescript("DELETE FROM pods; DELETE FROM containers; DELETE FROM intents;")
+            for pod_id in self.kept.ids():
+                self.kept.remove(pod_id)
+        pairs = [("schema", str(database.SCHEMA)), ("boot_id", self.boot_id)]
+        db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", pairs)
 
     def _show_pod(self, record: PodRecord, config: pb.PodSandboxConfig) -> Pod:
         pod = self.pods[record.id] = Pod(record, config)
@@ -380,6 +444,26 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+Rows = tuple[list[tuple[PodRecord, pb.PodSandboxConfig]], list[tuple[ContainerRecord, pb.ContainerConfig]]]
+
+
+def _rows(db: sqlite3.Connection) -> Rows:
+    """All rows, decoded. Raises database.Damaged, sqlite3.Error."""
+    pods = db.execute("SELECT record, config FROM pods ORDER BY rowid").fetchall()
+    containers = db.execute("SELECT record, config FROM containers ORDER BY rowid").fetchall()
+    try:
+        return (
+            [(_decode(r, PodRecord), pb.PodSandboxConfig.FromString(c)) for r, c in pods],
+            [(_decode(r, ContainerRecord), pb.ContainerConfig.FromString(c)) for r, c in containers],
+        )
+    except (msgspec.DecodeError, DecodeError, TypeError) as error:
+        raise database.Damaged(f"a row cannot be read: {error}") from error
+
+
+def _decode(data: bytes, kind: type[B]) -> B:
+    return msgspec.msgpack.decode(data, type=kind)
 
 
 #: How much of a wrong id an error repeats.

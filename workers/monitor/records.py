@@ -1,7 +1,8 @@
 """Runs in: the monitor.
 
 What the monitor leaves on disk for whoever comes after: `cri.json`, in the words of who asked for the
-container, `state.json` while the container lives, `exit.json` when it has ended. Each is written beside its place and renamed, so a reader sees all of it or none.
+container, `state.json` while the container lives, `exit.json` when it has ended. Each is written beside its
+place and renamed, so a reader sees all of it or none.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from ipc.errors import Code, RemoteError
 from ipc.messages.monitor import ExitRecord
 from tests.support.cri_world import container_config, pod_config
 from workers.cri.names import new_id
-from workers.cri.state import ContainerRecord, Phase, Pod, PodRecord, Store, WrongSchema
+from workers.cri.state import ContainerRecord, Phase, Pod, PodRecord, Store
 
 
 def open_store(tmp_path: Path, boot_id: str = "boot") -> Store:
@@ -52,14 +53,71 @@ def test_another_boot_forgets_everything(tmp_path: Path) -> None:
     assert not open_store(tmp_path, "another boot").pods
 
 
-def test_a_file_of_another_schema_is_not_touched(tmp_path: Path) -> None:
+def test_a_file_of_another_schema_is_kept_beside_its_place(tmp_path: Path) -> None:
     add_pod(open_store(tmp_path))
     with sqlite3.connect(tmp_path / "state.db") as db:
         db.execute("UPDATE meta SET value = '99' WHERE key = 'schema'")
-    with pytest.raises(WrongSchema):
-        open_store(tmp_path)
-    with sqlite3.connect(tmp_path / "state.db") as db:
+    assert not open_store(tmp_path).pods
+    with sqlite3.connect(tmp_path / "state.db.damaged") as db:
         assert db.execute("SELECT count(*) FROM pods").fetchone() == (1,)
+
+
+def scribble(path: Path) -> None:
+    path.write_bytes(b"no database at all" * 1000)
+
+
+def tear(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+
+
+def other_tables(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE pods (unlike TEXT)")
+
+
+def other_rows(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE pods SET record = x'c1'")
+
+
+def other_configs(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE pods SET config = x'ffff'")
+
+
+def other_types(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE pods SET record = 7")
+
+
+@pytest.mark.parametrize("harm", [scribble, tear, other_tables, other_rows, other_configs, other_types])
+def test_a_damaged_file_is_set_aside_and_the_state_begins_empty(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    store.close()
+    harm(tmp_path / "state.db")
+    store = open_store(tmp_path)
+    assert not store.pods
+    assert (tmp_path / "state.db.damaged").exists()
+    assert store.kept.ids() == [pod.id]
+    add_pod(store, "another")
+    assert len(open_store(tmp_path).pods) == 1
+
+
+def test_a_pods_file_goes_with_the_pod_and_with_the_boot(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    assert store.kept.ids() == [pod.id]
+    store.drop_pod(pod)
+    assert store.kept.ids() == []
+    add_pod(store)
+    assert open_store(tmp_path, "another boot").kept.ids() == []
 
 
 def test_a_name_is_free_as_soon_as_its_owner_is_gone(tmp_path: Path) -> None:
