@@ -181,13 +181,21 @@ class Container:
     def _watch_init(self) -> None:
         fact = procfs.stat(self._pid)
         self._pid_start = fact.start if fact is not None else 0
-        if fact is None or fact.parent == os.getpid():
+        ended = self.launcher.reaper.has_ended(self._pid)
+        if ended or (fact is not None and fact.parent == os.getpid()):
             self.launcher.reaper.claim(self._pid, self._init_ended)
-            return
+        else:
+            self._watch_stranger()
+
+    def _watch_stranger(self) -> None:
         # A runtime whose container process is somebody else's child (a virtual machine's, say).
         self._ours = False
-        fd = os.pidfd_open(self._pid)
-        self._loop.add_reader(fd, lambda: self._stranger_ended(fd))
+        try:
+            fd = os.pidfd_open(self._pid)
+        except ProcessLookupError:
+            self._loop.call_soon(lambda: self._init_ended(None))
+        else:
+            self._loop.add_reader(fd, lambda: self._stranger_ended(fd))
 
     def _stranger_ended(self, fd: int) -> None:
         self._loop.remove_reader(fd)

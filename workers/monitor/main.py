@@ -32,7 +32,16 @@ from workers.monitor.runtime import Launcher
 CALLERS = frozenset({"cri", ROOT})
 UNUSED = 600.0  # seconds that a monitor waits for its `create`
 MAX_REQUESTS = 256
-_IGNORED = (signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ)
+_IGNORED = (
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 
 
 class Context(Protocol):

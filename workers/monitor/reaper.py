@@ -35,6 +35,10 @@ class Reaper:
         else:
             self._claims[pid] = ended
 
+    def has_ended(self, pid: int) -> bool:
+        """True if the end of `pid` is remembered: a claim will be answered."""
+        return pid in self._unclaimed
+
     def expect(self) -> None:
         """A child whose pid we do not know yet may appear and end: remember ends until `expected`."""
         self._expecting += 1

@@ -25,7 +25,16 @@ FIRST_EXTRA_FD = 4
 SENTENCE_LIMIT = 4096  # bytes
 _FREE_FD = 10  # sources of dup2 lie above its targets
 _KEPT = ("PATH", "LANG", "TMPDIR", "XDG_RUNTIME_DIR", "DBUS_SYSTEM_BUS_ADDRESS")
-_DEFAULTED = [signal.SIGPIPE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGXFSZ]
+_DEFAULTED = [
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+]
 _FAULTS_OF_THE_REQUEST = (
     "executable file",
     "open executable",

@@ -43,9 +43,12 @@ class Stopper:
         self._watches: dict[int, Timer] = {}
         self._kill_delay = KILL_FIRST
         self._killing = False
+        self._ended = False
 
     def request(self, number: int, grace: float) -> None:
         """Stop with signal `number`, with SIGKILL after `grace` seconds (0: at once)."""
+        if self._ended:
+            return
         deadline = self._loop.time() + grace
         if not self._killing and (self._deadline is None or deadline < self._deadline):
             self._deadline = deadline
@@ -56,6 +59,8 @@ class Stopper:
 
     def kill(self) -> None:
         """SIGKILL now, and again until `ended` is called."""
+        if self._ended:
+            return
         self._killing = True
         self._end_watches()
         self._target.kill()
@@ -63,7 +68,8 @@ class Stopper:
         self._kill_delay = min(KILL_LONGEST, self._kill_delay * 2)
 
     def ended(self) -> None:
-        """The container is gone: no more signals."""
+        """The init is gone, and its pid may be another's: no more signals."""
+        self._ended = True
         if self._timer is not None:
             self._timer.cancel()
         self._end_watches()

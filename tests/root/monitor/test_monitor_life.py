@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.support.monitor_process import (
     monitor,
     until,
 )
+from workers.monitor import ending
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +185,75 @@ def test_no_signal_but_the_last_ends_a_monitor(crun: MonitorProcess) -> None:
         os.kill(crun.pid, number)
     assert crun.state().status == "running"
     crun.stop(grace_ms=0)
+
+
+def test_an_init_that_is_nobodys_child_is_watched_all_the_same(crun: MonitorProcess, tmp_path: Path) -> None:
+    other = subprocess.Popen(["sleep", "100"])
+    script = tmp_path / "machine-runtime"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *create*) echo {other.pid} > {crun.directory}/pid;;\n'
+        f'*" kill "*) kill -9 {other.pid};; esac\n'
+    )
+    script.chmod(0o755)
+    try:
+        assert crun.run("true", runtime_path=str(script), cgroup=False) == other.pid
+        stopping = threading.Thread(target=lambda: crun.stop("SIGKILL"))
+        stopping.start()
+        assert other.wait(10) == -signal.SIGKILL
+        stopping.join(10)
+        record = crun.wait()
+        assert (record.exit_code, record.reason) == (-1, "Error")
+        assert "unknown" in record.message
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_runtime_that_cannot_delete_is_asked_again(crun: MonitorProcess, tmp_path: Path) -> None:
+    script, asked = tmp_path / "forgetful-runtime", tmp_path / "asked"
+    script.write_text(
+        "#!/bin/sh\n"
+        f'case "$*" in *" delete "*) [ -e {asked} ] || {{ touch {asked}; exit 1; }};; esac\n'
+        'exec /usr/bin/crun "$@"\n'
+    )
+    script.chmod(0o755)
+    crun.sh("exit 3", runtime_path=str(script))
+    assert crun.wait().exit_code == 3
+    assert asked.exists()
+    assert list(crun.runtime_root.glob(crun.id)) == []
+
+
+def test_a_runtime_that_never_deletes_is_in_the_record(
+    crun: MonitorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "DELETE_DELAYS", (0.01, 0.01))
+    script = crun.run_root.parent / "stubborn-runtime"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *" delete "*) echo busy >&2; exit 1;; esac\nexec /usr/bin/crun "$@"\n'
+    )
+    script.chmod(0o755)
+    crun.sh("exit 3", runtime_path=str(script))
+    record = crun.wait()
+    assert record.exit_code == 3
+    assert "could not be deleted" in record.message
+    assert "busy" in record.message
+    subprocess.run(
+        ["/usr/bin/crun", "--root", str(crun.runtime_root), "delete", "--force", crun.id], check=True
+    )
+
+
+def test_a_failed_start_ends_the_container_with_its_reason(crun: MonitorProcess, tmp_path: Path) -> None:
+    script = tmp_path / "starter"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in *" start "*) echo "exec: x: not found" >&2; exit 1;; esac\n'
+        'exec /usr/bin/crun "$@"\n'
+    )
+    script.chmod(0o755)
+    crun.create("sleep", "100", runtime_path=str(script))
+    assert "not found" in failed(crun.client().call, messages.Start()).text
+    record = crun.wait()
+    assert (record.exit_code, record.reason, record.started_at_ns) == (127, "StartError", 0)
 
 
 def test_state_json_names_the_process_for_the_next_cri(mon: MonitorProcess) -> None:

@@ -315,6 +315,17 @@ def test_killing_goes_on_until_the_end(loop: Loop) -> None:
     assert target.sent == []
 
 
+def test_nothing_is_signalled_once_the_init_is_gone(loop: Loop) -> None:
+    target = Stopped(READY)
+    stopper = Stopper(loop, target)
+    stopper.ended()
+    stopper.request(15, 10)
+    stopper.request(15, 0)
+    stopper.kill()
+    loop.turn(0.05)
+    assert (target.sent, target.kills) == ([], 0)
+
+
 # -- groups and the OOM killer -----------------------------------------------------------------------------
 
 
