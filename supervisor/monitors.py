@@ -77,12 +77,17 @@ class Monitors:
         started = self._ground.loop.time()
         self._ground.reaper.watch(child.pid, lambda code: self._ended(container_id, child.pid, started, code))
         held.write_holder(lock_fd, child.pid)
-        with contextlib.suppress(ProcessLookupError):
-            self._ground.groups.make(self._ground.groups.monitors)
-            self._ground.groups.enter(self._ground.groups.monitors, child.pid)
         child.open_gate()
+        # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins its work.
+        self._ground.loop.call_soon(lambda: self._place(child.pid))
         self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=child.pid)
         return child.pid
+
+    def _place(self, pid: int) -> None:
+        """Put a monitor into the monitors' group, if it lives."""
+        with contextlib.suppress(ProcessLookupError):
+            self._ground.groups.make(self._ground.groups.monitors)
+            self._ground.groups.enter(self._ground.groups.monitors, pid)
 
     def _job(
         self, container_id: str, pod_id: str, directory: str, lock_fd: int, listener: socket.socket

@@ -234,7 +234,7 @@ def test_a_monitor_is_there_when_the_answer_comes_and_has_nothing_it_was_not_giv
             ["/dev/null", "/dev/null", "/dev/null", lock, *["socket"] * (len(names) - 5)]
         )
         assert Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0") == f"bulkhead: monitor {CONTAINER}"
-        assert ".monitors\n" in Path(f"/proc/{pid}/cgroup").read_text()
+        eventually(lambda: ".monitors\n" in Path(f"/proc/{pid}/cgroup").read_text())
         with pytest.raises(RemoteError) as caught:
             client.call(messages.MonitorRemove(container_id=CONTAINER))
         assert caught.value.code is Code.FAILED_PRECONDITION
