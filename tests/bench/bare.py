@@ -69,20 +69,30 @@ class BareNetwork:
 
 
 class BareRuntime:
-    """An OCI runtime called by hand on a bundle that it is given."""
+    """An OCI runtime called by hand. `like` is the config.json of a container that Bulkhead made."""
 
-    def __init__(self, runtime: str, directory: Path, rootfs: Path) -> None:
+    def __init__(self, runtime: str, directory: Path, rootfs: Path, like: dict[str, Any]) -> None:
         self.runtime = runtime
         self.root = directory / "runtime"
         self._directory = directory
         self._rootfs = rootfs
+        self._like = like
 
-    def bundle(self, name: str, arguments: list[str], netns: Path | None) -> Path:
-        """Write a bundle with an ordinary container's config.json; return its directory."""
+    def bundle(self, name: str, netns: Path) -> Path:
+        """Write a bundle whose config.json differs in root, network and cgroup; return its directory."""
         path = self._directory / name
         path.mkdir()
-        (path / "config.json").write_text(json.dumps(_spec(self._rootfs, arguments, netns, name)))
+        (path / "config.json").write_text(json.dumps(self._spec(name, netns)))
         return path
+
+    def _spec(self, name: str, netns: Path) -> dict[str, Any]:
+        linux = dict(self._like["linux"])
+        linux["namespaces"] = [
+            {"type": entry["type"], **({"path": str(netns)} if entry["type"] == "network" else {})}
+            for entry in linux["namespaces"]
+        ]
+        linux["cgroupsPath"] = f"/bulkhead-bench/{name}"
+        return {**self._like, "root": {**self._like["root"], "path": str(self._rootfs)}, "linux": linux}
 
     def create_and_start(self, name: str, bundle: Path) -> None:
         """`create`, then `start`."""
@@ -111,34 +121,3 @@ class BareRuntime:
 def unique(prefix: str) -> str:
     """A name nobody else has."""
     return f"{prefix}-{uuid.uuid4().hex[:12]}"
-
-
-def _spec(rootfs: Path, arguments: list[str], netns: Path | None, name: str) -> dict[str, Any]:
-    namespaces: list[dict[str, str]] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")]
-    namespaces.append({"type": "network", "path": str(netns)} if netns else {"type": "network"})
-    capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_NET_BIND_SERVICE"]
-    return {
-        "ociVersion": "1.0.2",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": arguments,
-            "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
-            "cwd": "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
-        },
-        "root": {"path": str(rootfs)},
-        "hostname": "bench",
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro", "nosuid"]},
-        ],
-        "linux": {
-            "namespaces": namespaces,
-            "cgroupsPath": f"/bulkhead-bench/{name}",
-            "resources": {"cpu": {"shares": 512}, "memory": {"limit": 512 << 20}},
-            "maskedPaths": ["/proc/kcore", "/proc/keys"],
-            "readonlyPaths": ["/proc/bus", "/proc/sys"],
-        },
-    }

@@ -1,8 +1,8 @@
 """Runs in: `make bench`.
 
 A pod from nothing to a started container, through the CRI socket, against the bare sum of its parts: the same
-CNI plugins with the same configuration and the same OCI runtime on the same root file system, run by hand.
-In turns, so that both have the same machine.
+CNI plugins with the same configuration and the same OCI runtime with the same config.json, run by hand. In
+turns, so that both have the same machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def measure() -> list[Figure]:
     with served() as images, Node(registries=images.registries_conf, bridge="bhbench0") as node:
         pods = Pods(node, images.busybox)
         node.images.PullImage(api_pb2.PullImageRequest(image=api_pb2.ImageSpec(image=images.busybox)))
-        with bare_pods(node.conflist("bhbench1")) as bare:
+        model = pods.run("model")
+        like = pods.spec(pods.create(model, "model", COMMAND))
+        with bare_pods(node.conflist("bhbench1"), like) as bare:
             return _compare(pods, bare)
 
 
@@ -52,7 +54,10 @@ def _compare(pods: Pods, bare: Callable[[], tuple[float, float]]) -> list[Figure
     names = ("RunPodSandbox", "CreateContainer", "StartContainer")
     return [
         at_most("pod: run, create, start, against CNI + crun by hand", whole, floor, 1.5),
-        *(Figure(f"  {name}", f"{s * 1e3:.1f} ms", "-", "-", "-") for name, s in zip(names, steps, strict=True)),
+        *(
+            Figure(f"  {name}", f"{s * 1e3:.1f} ms", "-", "-", "-")
+            for name, s in zip(names, steps, strict=True)
+        ),
         *(
             Figure(f"  by hand: {name}", "-", f"{s * 1e3:.1f} ms", "-", "-")
             for name, s in zip(("namespace and CNI", "crun create and start"), parts, strict=True)
@@ -74,7 +79,7 @@ def one_pod(pods: Pods) -> tuple[float, ...]:
 
 
 @contextmanager
-def bare_pods(conflist: dict[str, Any]) -> Iterator[Callable[[], tuple[float, float]]]:
+def bare_pods(conflist: dict[str, Any], like: dict[str, Any]) -> Iterator[Callable[[], tuple[float, float]]]:
     """Give a function that makes one pod by hand: (seconds for the network, seconds for the container)."""
     with tempfile.TemporaryDirectory(prefix="bhbench-", dir="/tmp") as directory:
         base = Path(directory)
@@ -83,7 +88,7 @@ def bare_pods(conflist: dict[str, Any]) -> Iterator[Callable[[], tuple[float, fl
         plugins[0]["ipam"]["ranges"] = [[{"subnet": "10.215.0.0/16"}]]
         network = BareNetwork(base, plugins, [])
         with image_root(base / "image") as rootfs:
-            runtime = BareRuntime("/usr/bin/crun", base, rootfs)
+            runtime = BareRuntime("/usr/bin/crun", base, rootfs, like)
             yield lambda: _bare_pod(network, runtime)
         link = plugins[0]["bridge"]
         subprocess.run(["ip", "link", "delete", link], check=True)
@@ -96,7 +101,7 @@ def _bare_pod(network: BareNetwork, runtime: BareRuntime) -> tuple[float, float]
     name = unique("bare")
     pins: list[Path] = []
     connected = timed(lambda: pins.append(network.add(f"net-{name}")))
-    bundle = runtime.bundle(name, COMMAND, pins[0])
+    bundle = runtime.bundle(name, pins[0])
     started = timed(lambda: runtime.create_and_start(name, bundle))
     runtime.delete(name)
     network.delete(f"net-{name}", pins[0])

@@ -99,7 +99,7 @@ def _content(chance: random.Random, size: int) -> bytes:
     return noise + words[: size - len(noise)]
 
 
-# -- those who pull -------------------------------------------------------------------------------------------
+# -- those who pull -----------------------------------------------------------------------------------------
 
 
 def pull_by_bulkhead(node: Node, reference: str) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ipc.cri import api_pb2 as cri
 from tests.support.daemon import Node
@@ -55,6 +57,12 @@ class Pods:
             sandbox_config=self.config(pod_name),
         )
         return self._node.runtime.CreateContainer(request, timeout=60).container_id
+
+    def spec(self, container: str) -> dict[str, Any]:
+        """The config.json that the OCI runtime got."""
+        bundle = self._node.run_root / "monitors" / container / "bundle"
+        spec: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
+        return spec
 
     def start(self, container: str) -> None:
         """StartContainer."""
