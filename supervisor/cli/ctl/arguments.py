@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,10 +35,11 @@ def command(
     return parser
 
 
-def with_output(parser: argparse.ArgumentParser) -> None:
-    """Add -o table|json and -q."""
+def with_output(parser: argparse.ArgumentParser, *, ids: bool = True) -> None:
+    """Add -o table|json and, where there are ids to list, -q."""
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
-    parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    if ids:
+        parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
 
 
 def load(path: str, message: M) -> M:
@@ -68,7 +70,7 @@ def each(ids: list[str], function: Callable[[str], object], done: Callable[[str]
         except CtlError as error:
             if len(ids) == 1:
                 raise
-            print(f"{one}: {error}")
+            print(f"bulkheadctl: {one}: {error}", file=sys.stderr)
             failed = 1
         else:
             print(done(one))

@@ -19,6 +19,8 @@ from ipc.messages import Body, Request
 
 MAX_MESSAGE = 256 * 1024 * 1024
 REFUSED, UNREACHABLE = 1, 3
+#: How gRPC's own UNAVAILABLE begins; a runtime says it too, of a registry that does not answer.
+_NOT_CONNECTED, _DISCONNECTED = "failed to connect", ("Socket closed", "recvmsg:", "Broken pipe")
 T = TypeVar("T")
 R = TypeVar("R", bound=Body)
 
@@ -94,6 +96,8 @@ def rpc_error(error: grpc.RpcError, socket: str) -> CtlError:
     """Return the sentence for a failed RPC."""
     assert isinstance(error, grpc.Call)
     code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-        return CtlError(f"no runtime answers at {socket}: {details}", UNREACHABLE)
+    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NOT_CONNECTED):
+        return CtlError(f"no runtime answers at {socket}: {details.rpartition('error: ')[2]}", UNREACHABLE)
+    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_DISCONNECTED):
+        return CtlError(f"the runtime at {socket} went away before it answered", UNREACHABLE)
     return CtlError(f"{details} ({code.name})")

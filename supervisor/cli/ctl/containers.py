@@ -11,8 +11,8 @@ import sys
 from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl import logs
 from supervisor.cli.ctl.arguments import Commands, command, each, labels, load, with_output
-from supervisor.cli.ctl.connection import Connection, CtlError
-from supervisor.cli.ctl.output import ago, as_data, print_json, print_table, short
+from supervisor.cli.ctl.connection import UNREACHABLE, Connection, CtlError
+from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
 
 STATES = {
     "created": cri.CONTAINER_CREATED,
@@ -31,13 +31,16 @@ def register(commands: Commands) -> None:
     start = command(commands, "start", start_containers, "Start created containers")
     start.add_argument("id", nargs="+")
     stop = command(commands, "stop", stop_containers, "Stop containers")
-    stop.add_argument("--grace", type=int, default=10, help="seconds before SIGKILL (default: 10)")
+    stop.add_argument(
+        *("--grace", "--timeout"), type=_seconds, default=10, help="seconds before SIGKILL (default: 10)"
+    )
     stop.add_argument("id", nargs="+")
     remove = command(commands, "rm", remove_containers, "Remove containers (a running one is killed)")
     remove.add_argument("id", nargs="+")
     _register_views(commands)
     run = command(commands, "exec", exec_sync, "Run a command in a container and wait for it")
-    run.add_argument("--exec-timeout", type=int, default=0, help="seconds, 0 for none")
+    run.add_argument("-s", "--sync", action="store_true", help="wait for its end, the only way there is yet")
+    run.add_argument("--timeout", dest="exec_timeout", type=_seconds, default=0, help="seconds, 0 for none")
     run.add_argument("id")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="COMMAND ...")
 
@@ -57,6 +60,14 @@ def _register_views(commands: Commands) -> None:
     show.add_argument("--tail", type=int, default=-1, help="only the last N lines")
     show.add_argument("--timestamps", action="store_true")
     show.add_argument("id")
+
+
+def _seconds(text: str) -> int:
+    """An argument in whole seconds. Raises ValueError, which argparse puts into words."""
+    seconds = int(text)
+    if seconds < 0:
+        raise ValueError(text)
+    return seconds
 
 
 def create_container(connection: Connection, options: argparse.Namespace) -> int:
@@ -108,7 +119,7 @@ def list_containers(connection: Connection, options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json([as_data(container) for container in items])
     elif options.quiet:
-        print(*(container.id for container in items), sep="\n")
+        print_ids(container.id for container in items)
     else:
         _table(items)
     return 0
@@ -149,7 +160,10 @@ def show_logs(connection: Connection, options: argparse.Namespace) -> int:
         raise CtlError(f"container {options.id} has no log file")
 
     def running() -> bool:
-        return _status(connection, options.id).status.state == cri.CONTAINER_RUNNING
+        try:
+            return _status(connection, options.id).status.state == cri.CONTAINER_RUNNING
+        except CtlError as error:  # removed meanwhile; while nobody answers, its log still grows
+            return error.exit_code == UNREACHABLE
 
     logs.show(
         status.log_path,

@@ -16,7 +16,7 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.cri import PullState
 from supervisor.cli.ctl.arguments import Commands, command, each, with_output
 from supervisor.cli.ctl.connection import Connection, CtlError
-from supervisor.cli.ctl.output import as_data, print_json, print_table, short, size
+from supervisor.cli.ctl.output import as_data, print_ids, print_json, print_table, short, size
 
 WATCH_PULLS = "/bulkhead.v1.Operator/WatchPulls"
 
@@ -35,7 +35,7 @@ def register(commands: Commands) -> None:
     pulling.add_argument("--no-progress", action="store_true")
     remove = command(commands, "rmi", remove_images, "Remove images")
     remove.add_argument("name", nargs="+")
-    command(commands, "imagefsinfo", image_fs_info, "Show what images occupy")
+    with_output(command(commands, "imagefsinfo", image_fs_info, "Show what images occupy"), ids=False)
 
 
 def list_images(connection: Connection, options: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def list_images(connection: Connection, options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json([as_data(image) for image in items])
     elif options.quiet:
-        print(*(image.id for image in items), sep="\n")
+        print_ids(image.id for image in items)
     else:
         _table(items, options.digests)
     return 0
@@ -128,6 +128,20 @@ def remove_images(connection: Connection, options: argparse.Namespace) -> int:
     return each(options.name, remove, "Deleted: {}".format)
 
 
-def image_fs_info(connection: Connection, _options: argparse.Namespace) -> int:
-    print_json(connection.call(connection.images.ImageFsInfo, cri.ImageFsInfoRequest()))
+def image_fs_info(connection: Connection, options: argparse.Namespace) -> int:
+    answer = connection.call(connection.images.ImageFsInfo, cri.ImageFsInfoRequest())
+    if options.output == "json":
+        print_json(answer)
+        return 0
+    print_table(
+        ("OF", "MOUNT POINT", "USED", "INODES"),
+        (
+            (of, usage.fs_id.mountpoint, size(usage.used_bytes.value), str(usage.inodes_used.value))
+            for of, usages in (
+                ("images", answer.image_filesystems),
+                ("containers", answer.container_filesystems),
+            )
+            for usage in usages
+        ),
+    )
     return 0

@@ -21,10 +21,8 @@ POLL = 0.1
 def show(path: str, *, follow: bool, tail: int, timestamps: bool, running: Callable[[], bool]) -> None:
     """Print the log's payload, stdout to stdout and stderr to stderr. Raises CtlError."""
     with _opened(path) as file:
-        records: Iterable[bytes] = file
-        if tail >= 0:
-            records = deque(file, maxlen=tail) if tail else _skip(file)
-        for record in records:
+        records: Iterable[bytes] = _whole_lines(file)
+        for record in records if tail < 0 else deque(records, maxlen=tail):
             emit(record, timestamps)
         _flush()
         if follow:
@@ -50,26 +48,24 @@ def emit(record: bytes, timestamps: bool) -> None:
     out.write((stamp + b" " if timestamps else b"") + payload + (b"" if tag.startswith(b"P") else b"\n"))
 
 
-def _skip(file: BinaryIO) -> list[bytes]:
-    file.seek(0, os.SEEK_END)
-    return []
-
-
 def _flush() -> None:
     sys.stdout.buffer.flush()
     sys.stderr.buffer.flush()
 
 
 def _follow(path: str, file: BinaryIO, running: Callable[[], bool]) -> Iterator[bytes]:
+    """Lines as they come; closes the file. After a rotation the rest of the old file comes first."""
     while True:
         alive = running()
+        rotated = _rotated(path, file)  # asked first: what came into the old file until then is read below
         yield from _whole_lines(file)
-        if _rotated(path, file):
-            file = open(path, "rb")  # noqa: SIM115 - it replaces the one that the caller closes
+        if rotated:
+            file.close()
+            file = _opened(path)
         elif alive:
             time.sleep(POLL)
         else:
-            return
+            return file.close()
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[bytes]:

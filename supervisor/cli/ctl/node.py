@@ -17,25 +17,30 @@ import psutil
 
 from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
-from supervisor.cli.ctl.arguments import Commands, command
+from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
 from supervisor.cli.ctl.output import as_data, duration, print_json, print_table, short, size
 
 
 def register(commands: Commands) -> None:
     """Add this module's commands."""
-    command(commands, "version", version, "Show versions of the runtime and its API")
+    versions = command(commands, "version", version, "Show versions of the runtime and its API")
+    with_output(versions, ids=False)
     status = command(commands, "status", show_status, "Show conditions, handlers and features", "info")
-    status.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    with_output(status, ids=False)
     workers = command(commands, "workers", show_workers, "Show every process of the map")
-    workers.add_argument("--json", action="store_true")
+    with_output(workers, ids=False)
+    workers.add_argument("--json", dest="output", action="store_const", const="json", help="as -o json")
     workers.add_argument("--sandbox", action="store_true", help="what holds in each worker")
     restart = command(commands, "restart", restart_worker, "End one kind's workers in order, start them anew")
     restart.add_argument("kind")
 
 
-def version(connection: Connection, _options: argparse.Namespace) -> int:
+def version(connection: Connection, options: argparse.Namespace) -> int:
     answer = connection.call(connection.runtime.Version, cri.VersionRequest())
+    if options.output == "json":
+        print_json(answer)
+        return 0
     print(f"Version:            {answer.version}")
     print(f"RuntimeName:        {answer.runtime_name}")
     print(f"RuntimeVersion:     {answer.runtime_version}")
@@ -114,7 +119,7 @@ def usage(pid: int) -> Usage:
 def show_workers(connection: Connection, options: argparse.Namespace) -> int:
     workers = connection.ask(WorkerList()).workers
     uses = {worker.pid: usage(worker.pid) for worker in workers if worker.pid}
-    if options.json:
+    if options.output == "json":
         print(json.dumps([_as_json(worker, uses) for worker in workers], indent=2))
     elif options.sandbox:
         _sandbox_table(workers)

@@ -6,7 +6,6 @@ What people read: tables by rich, JSON as the CRI spells it, times and sizes in 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+WIDEST = 100_000  # characters of a line; terminals wrap it
 
 
 def print_json(value: Any) -> None:
@@ -29,8 +29,14 @@ def as_data(value: Any) -> Any:
     return value
 
 
+def print_ids(ids: Iterable[str]) -> None:
+    """Print ids, one a line; nothing at all for none."""
+    for one in ids:
+        print(one)
+
+
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table; where nobody watches (a pipe) it is as wide as it needs."""
+    """Print a table as wide as it needs: half a pid or id would be a wrong one."""
     from rich.console import Console
     from rich.table import Table
 
@@ -39,10 +45,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(header, no_wrap=True, overflow="ignore")
     for row in rows:
         table.add_row(*row)
-    console = Console(
-        soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 400
-    )
-    console.print(table, soft_wrap=True)
+    Console(highlight=False, markup=False, width=WIDEST).print(table, soft_wrap=True)
 
 
 def ago(nanoseconds: int) -> str:

@@ -10,7 +10,7 @@ import argparse
 from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl.arguments import Commands, command, each, labels, load, with_output
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.output import ago, as_data, print_json, print_table, short
+from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
 
 STATES = {"ready": cri.SANDBOX_READY, "notready": cri.SANDBOX_NOTREADY}
 
@@ -49,7 +49,7 @@ def list_pods(connection: Connection, options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json([as_data(pod) for pod in items])
     elif options.quiet:
-        print(*(pod.id for pod in items), sep="\n")
+        print_ids(pod.id for pod in items)
     else:
         _table(items)
     return 0
