@@ -30,6 +30,11 @@ RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
 SYS_OPENAT2 = 437
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
 
+#: The mount API of 5.2 and 5.12, numbered alike on every machine.
+SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH, _MOUNT_ATTR_IDMAP = 0x1, 0x4, 0x00100000
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+
 #: struct __user_cap_header_struct: _LINUX_CAPABILITY_VERSION_3, this process.
 _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 
@@ -70,6 +75,27 @@ def bind_mount(source: str, target: str, *, recursive: bool = False) -> None:
 def umount(target: str, flags: int = 0) -> None:
     """umount2(2), never following a final link. Raises OSError."""
     _check(_libc.umount2(target.encode(), flags | UMOUNT_NOFOLLOW), f"unmount {target!r}")
+
+
+def clone_mount(source: str, *, recursive: bool = False) -> int:
+    """open_tree(2): a copy of the mount at `source` that is attached nowhere. Returns a descriptor."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    return syscall(SYS_OPEN_TREE, _AT_FDCWD, source.encode(), flags, what=f"copy the mount of {source!r}")
+
+
+def idmap_mount(mount_fd: int, user_namespace_fd: int, *, recursive: bool = False) -> None:
+    """mount_setattr(2): through this mount, never attached yet, ids on disk are seen as the namespace maps
+    them. Raises OSError; EINVAL where the file system cannot."""
+    attributes = struct.pack("=QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, user_namespace_fd)  # struct mount_attr
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    syscall(SYS_MOUNT_SETATTR, mount_fd, b"", flags, buffer, len(attributes), what="map the ids of a mount")
+
+
+def attach_mount(mount_fd: int, target: str) -> None:
+    """move_mount(2): attach what `clone_mount` copied. Raises OSError."""
+    arguments = (mount_fd, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
+    syscall(SYS_MOVE_MOUNT, *arguments, what=f"attach a mount at {target!r}")
 
 
 def syncfs(fd: int) -> None:

@@ -27,6 +27,9 @@ from supervisor.spawn import spawn_program
 
 PROGRAM_TIMEOUT = 5.0
 OUTPUT_LIMIT = 256 * 1024
+#: Runtimes whose every release since 1.0 joins a user namespace by its path, and whose older ones have no
+#: `features` to say so.
+JOINS_USER_NAMESPACES = re.compile(r"(?:crun|runc) version (?:[1-9]\d*)\.")
 OCI_VERSION_OLD = "1.0.2"  # what a runtime without `features` is known to take
 
 
@@ -86,6 +89,7 @@ class HostProbe:
         self._waiting: list[Callable[[HostInfo], object]] = []
         self._open = 0
         self._versions: dict[str, str] = {}
+        self._joins: dict[str, bool] = {}
         self._features: dict[str, Mapping[str, Any]] = {}
         self._config = config
         self._info = static_info(config, hierarchies, degraded)
@@ -118,7 +122,9 @@ class HostProbe:
 
     def _version(self, name: str, code: int, output: bytes) -> None:
         if code == 0:
-            self._versions[name] = version_of(output.decode("utf-8", "replace"))
+            text = output.decode("utf-8", "replace")
+            self._versions[name] = version_of(text)
+            self._joins[name] = JOINS_USER_NAMESPACES.match(text) is not None
 
     def _feature(self, name: str, code: int, output: bytes) -> None:
         with contextlib.suppress(ValueError):
@@ -133,6 +139,8 @@ class HostProbe:
             runtime_info(self._config, name, self._versions.get(name, ""), self._features.get(name))
             for name in self._config.runtimes
         ]
+        for info in self._info.runtimes:
+            info.user_namespaces = info.user_namespaces or self._joins.get(info.name, False)
         self._info.degraded += [
             f"runtime {r.name}: {r.path} does not run" for r in self._info.runtimes if not r.version
         ]
@@ -161,6 +169,8 @@ def runtime_info(config: Config, name: str, version: str, features: Mapping[str,
         options = features.get("mountOptions")
         info.recursive_read_only = isinstance(options, list) and "rro" in options
         info.idmap = _dig(features, "linux", "mountExtensions", "idmap", "enabled") is True
+        known = _dig(features, "linux", "namespaces")
+        info.user_namespaces = isinstance(known, list) and "user" in known
         newest = features.get("ociVersionMax")
         info.oci_version_max = newest if isinstance(newest, str) else OCI_VERSION_OLD
     return info

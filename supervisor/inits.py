@@ -58,12 +58,15 @@ class Inits:
     def _pin(self, pod_id: str) -> str:
         return f"{self._run_root}/ns/{pod_id}/pid"
 
+    def _user_pin(self, pod_id: str) -> str:
+        return f"{self._run_root}/ns/{pod_id}/user"
+
     # -- starting -------------------------------------------------------------------------------------
 
-    def start(self, pod_id: str, cgroup_parent: str, done: Started) -> None:
+    def start(self, pod_id: str, cgroup_parent: str, done: Started, *, user_namespace: bool = False) -> None:
         """Start the pod's init, or find the one that lives; `done` is called once.
 
-        Raises RemoteError, OSError.
+        `user_namespace`: in the one that is pinned for the pod. Raises RemoteError, OSError.
         """
         directory = self._directory(pod_id)
         if pod_id in self._starting:
@@ -78,7 +81,7 @@ class Inits:
         try:
             self._prepare(pod_id)
             self._starting[pod_id] = [done]
-            self._fork(pod_id, group, lock_fd)
+            self._fork(pod_id, group, lock_fd, self._user_pin(pod_id) if user_namespace else "")
         except BaseException:
             self._starting.pop(pod_id, None)
             os.close(lock_fd)
@@ -98,7 +101,7 @@ class Inits:
         os.makedirs(os.path.dirname(pin), mode=0o711, exist_ok=True)
         os.close(os.open(pin, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o400))
 
-    def _fork(self, pod_id: str, group: str, lock_fd: int) -> None:
+    def _fork(self, pod_id: str, group: str, lock_fd: int, user_namespace: str) -> None:
         result_read, result_write = os.pipe2(os.O_CLOEXEC)
         gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
         title = f"bulkhead: init {pod_id[:SHORT_ID]}"
@@ -106,7 +109,13 @@ class Inits:
 
         def work() -> None:
             podinit.launch(
-                title, self._identity, self._empty, lock_fd=lock_fd, gate_fd=gate_read, result_fd=result_write
+                title,
+                self._identity,
+                self._empty,
+                lock_fd=lock_fd,
+                gate_fd=gate_read,
+                result_fd=result_write,
+                user_namespace=user_namespace,
             )
 
         keep = [lock_fd, gate_read, result_write]

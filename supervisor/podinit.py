@@ -3,6 +3,9 @@
 Forked twice: the first child makes the PID namespace and ends, the second is process 1 in it. That one has
 an empty root, no capability, a user of its own and a short list of system calls; it reaps whatever is
 orphaned in the pod and waits for SIGTERM. It holds a lock, by which a later supervisor finds it.
+
+In a pod with a user namespace the PID namespace belongs to that one, and so does the init: its user is the
+root of it, still without a capability, because nobody else is sure to be mapped.
 """
 
 from __future__ import annotations
@@ -29,8 +32,24 @@ POLICY = Policy(
 )
 
 
-def launch(title: str, identity: Identity, empty: str, *, lock_fd: int, gate_fd: int, result_fd: int) -> None:
-    """In the first child: make the namespace, fork its first process, tell its pid. Raises OSError."""
+def launch(
+    title: str,
+    identity: Identity,
+    empty: str,
+    *,
+    lock_fd: int,
+    gate_fd: int,
+    result_fd: int,
+    user_namespace: str = "",
+) -> None:
+    """In the first child: make the namespace, fork its first process, tell its pid. Raises OSError.
+
+    `user_namespace`: the pin of the pod's, "" if it has none.
+    """
+    _lower_oom_score()
+    if user_namespace:
+        _enter(user_namespace)
+        identity = Identity(0, 0)
     kernel.unshare(kernel.CLONE_NEWPID)
     pid = os.fork()
     if pid == 0:
@@ -62,9 +81,21 @@ def _first_process(
         os._exit(status)
 
 
-def _confine(identity: Identity, empty: str) -> None:
+def _lower_oom_score() -> None:
+    """Before a user namespace, in which it may not; without CAP_SYS_RESOURCE it keeps the supervisor's."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write(str(OOM_SCORE))  # without CAP_SYS_RESOURCE it keeps the supervisor's
+        file.write(str(OOM_SCORE))
+
+
+def _enter(user_namespace: str) -> None:
+    fd = os.open(user_namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kernel.setns(fd, kernel.CLONE_NEWUSER)
+    finally:
+        os.close(fd)
+
+
+def _confine(identity: Identity, empty: str) -> None:
     os.chdir(empty)
     os.chroot(".")
     confine.become(identity.uid, identity.gid, (), ())

@@ -94,7 +94,7 @@ class Requests:
             else:
                 call.reply(answer)
 
-        self._house.inits.start(body.pod_id, body.cgroup_parent, done)
+        self._house.inits.start(body.pod_id, body.cgroup_parent, done, user_namespace=body.user_namespace)
 
     @answers_trouble
     def init_stop(self, call: Call, body: messages.InitStop) -> None:

@@ -8,9 +8,11 @@ its own that is killed whole, keeps only the descriptors it was given, and leave
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -25,6 +27,7 @@ from ipc.serve import Call
 
 Outcome = Any  # what the function returned (msgpack types), or RemoteError
 RESULT_LIMIT = 64 * 1024 * 1024
+_STEP_LIMIT, _TEXT_LIMIT = 16384, 2048  # bytes of a step's answer, characters of its error
 
 
 class Job:
@@ -198,6 +201,82 @@ def _child(
         log.get().bug("job failed", error)
     finally:
         os._exit(status)
+
+
+class Beside:
+    """A process beside this one (a child, mostly) that takes prepared steps, each when it is told to.
+
+    For what only another process can do: a user namespace that is made is entered for good. It inherits
+    everything, executes nothing, and ends with `close` or with its parent.
+    """
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        """Fork. Raises OSError."""
+        self._mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _beside(steps, theirs, self._mine, parent)
+        except OSError:
+            self._mine.close()
+            raise
+        finally:
+            theirs.close()
+
+    def step(self) -> None:
+        """Let it take its next step and wait for that. Raises the step's RemoteError or OSError."""
+        self._mine.send(b"\n")
+        answer = self._mine.recv(_STEP_LIMIT)
+        if not answer:
+            raise RemoteError(Code.UNAVAILABLE, "the process beside this one has ended")
+        number, value = msgspec.msgpack.decode(answer)
+        if number:
+            raise OSError(number, value)
+        if value is not None:
+            raise RemoteError(Code(value[0]), value[1])
+
+    def close(self) -> None:
+        """End it."""
+        self._mine.close()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def _beside(
+    steps: Sequence[Callable[[], object]], sock: socket.socket, other: socket.socket, parent: int
+) -> None:
+    """Take the steps: each is asked for by a packet and answered by [errno, error]."""
+    status = 1
+    try:
+        kernel.die_with_parent(signal.SIGKILL, parent)
+        other.close()
+        for step in steps:
+            if not sock.recv(1):
+                break
+            sock.send(msgspec.msgpack.encode(_taken(step)))
+        sock.recv(1)  # to the end of whoever waits for it
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+        log.get().bug("process beside a job failed", error)
+    finally:
+        os._exit(status)
+
+
+def _taken(step: Callable[[], object]) -> list[Any]:
+    try:
+        step()
+    except RemoteError as error:
+        return [0, [error.code.value, error.text[:_TEXT_LIMIT]]]
+    except OSError as error:
+        return [error.errno or errno.EIO, (error.strerror or str(error))[:_TEXT_LIMIT]]
+    return [0, None]
 
 
 def _become_child(loop: Loop, worker: int, keep: Sequence[int]) -> None:

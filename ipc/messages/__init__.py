@@ -24,6 +24,14 @@ class Empty(Body):
     """A reply that says only: done."""
 
 
+class IdMapping(Body):
+    """A range of uids or gids of a user namespace: `container_id` on is the host's `host_id` on."""
+
+    container_id: int
+    host_id: int
+    length: int
+
+
 R = TypeVar("R", bound=Body)
 Q = TypeVar("Q")
 

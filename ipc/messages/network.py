@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import Body, Empty, Request, request
+from . import Body, Empty, IdMapping, Request, request
 
 
 class PortMapping(Body):
@@ -13,7 +13,7 @@ class PortMapping(Body):
 
 
 class PodNetwork(Body):
-    """Addresses and the pinned namespaces' paths by name ("net", "ipc", "uts")."""
+    """Addresses and the pinned namespaces' paths by name ("net", "ipc", "uts", "user")."""
 
     ips: list[str]
     namespaces: dict[str, str]
@@ -26,7 +26,8 @@ class PodSetup(Request[PodNetwork]):
 
     Sent again after success it answers from its record. Found half done (its process died), DEL is run and
     everything begins anew. On failure nothing is left: DEL has run, the namespaces are gone.
-    UNAVAILABLE while there is no CNI configuration. `namespaces` without "net" = host network.
+    UNAVAILABLE while there is no CNI configuration. `namespaces` without "net" = host network. With "user"
+    the others belong to that user namespace, whose mappings must be given.
     """
 
     pod_id: str
@@ -43,6 +44,8 @@ class PodSetup(Request[PodNetwork]):
     labels: dict[str, str] = {}
     sysctls: dict[str, str] = {}
     cgroup_parent: str = ""
+    uid_mappings: list[IdMapping] = []
+    gid_mappings: list[IdMapping] = []
 
 
 @request("network.pod.teardown", idempotent=True)

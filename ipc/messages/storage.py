@@ -6,7 +6,7 @@ the host's file system (files of a pod, mount sources, users of an image).
 
 from __future__ import annotations
 
-from . import Body, Empty, Request, request
+from . import Body, Empty, IdMapping, Request, request
 
 
 class LayerBegun(Body):
@@ -143,12 +143,15 @@ class PodSetup(Request[PodFiles]):
     """Make `<run_root>/pods/<pod_id>/` with resolv.conf, hostname, hosts and a tmpfs for /dev/shm.
 
     `resolv_conf` None: a copy of the host's. `shm_bytes` 0: no tmpfs (host IPC: the host's /dev/shm is used).
+    `owner_uid` and `owner_gid` own it all: the host's ids of the pod's root, if it has a user namespace.
     """
 
     pod_id: str
     hostname: str
     resolv_conf: bytes | None = None
     shm_bytes: int = 64 * 1024 * 1024
+    owner_uid: int = 0
+    owner_gid: int = 0
 
 
 @request("storage.pod.teardown", idempotent=True)
@@ -157,15 +160,23 @@ class PodTeardown(Request[Empty]):
 
 
 class MountSource(Body):
-    """One host path that a container mounts: made (mkdir -p, 0755) if missing, resolved, looked at."""
+    """One host path that a container mounts: made (mkdir -p, 0755) if missing, resolved, looked at.
+
+    With `image_id` it is an image volume instead: the image's layers are mounted read-only, and `sub_path`
+    (relative, links resolved inside the image) is what is used of them.
+    """
 
     path: str
     create: bool = True
     propagation: str = "private"  # CRI: private, host-to-container, bidirectional
+    image_id: str = ""
+    sub_path: str = ""
+    relabel: str = ""  # SELinux label for everything below the path, "" leaves it alone
+    idmap: bool = False  # ids of its files are seen as the pod's user namespace maps them
 
 
 class MountSourceInfo(Body):
-    path: str  # real path, links resolved
+    path: str  # real path, links resolved; of an id-mapped one, where its id-mapped mount stands
     is_directory: bool = True
     shared: bool = False  # the mount it lies on is a shared peer
     slave: bool = False
@@ -198,6 +209,55 @@ class DeviceInfo(Body):
     gid: int = 0
 
 
+class Hook(Body):
+    """A hook of the OCI runtime-spec ("POSIX-platform Hooks")."""
+
+    path: str
+    args: list[str] = []
+    env: list[str] = []
+    timeout: int | None = None  # seconds
+
+
+class CdiNode(Body):
+    """A device node that CDI adds; `permissions` are of the device cgroup, "" for none (a FIFO has none)."""
+
+    path: str
+    type: str
+    major: int
+    minor: int
+    permissions: str
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+
+
+class CdiMount(Body):
+    """A mount that CDI adds, in the words of the runtime-spec."""
+
+    destination: str
+    source: str
+    type: str
+    options: list[str]
+
+
+class CdiEdits(Body):
+    """What CDI devices change of a container, all of them together, in the order of the request."""
+
+    env: list[str] = []
+    nodes: list[CdiNode] = []
+    mounts: list[CdiMount] = []
+    additional_gids: list[int] = []
+    intel_rdt: dict[str, str | bool] = {}  # `linux.intelRdt` of the runtime-spec
+
+
+class HookFacts(Body):
+    """What the conditions of hook files (oci-hooks(5)) are held against."""
+
+    command: str
+    annotations: dict[str, str] = {}
+    bind_mounts: bool = False
+
+
 class ContainerRootfs(Body):
     rootfs: str  # mount point, <run_root>/containers/<id>/rootfs
     uid: int
@@ -208,6 +268,9 @@ class ContainerRootfs(Body):
     mounts: list[MountSourceInfo] = []  # in the order of the request
     devices: list[DeviceInfo] = []
     seccomp_profile: bytes = b""  # content of the file that the request named
+    cdi: CdiEdits | None = None
+    hooks: dict[str, list[Hook]] = {}  # by stage; those of hook files that matched, then those of CDI
+    apparmor_loaded: bool = False  # the profile that the request named is in the kernel
 
 
 @request("storage.container.create", reply=ContainerRootfs, idempotent=True)
@@ -217,6 +280,8 @@ class ContainerCreate(Request[ContainerRootfs]):
     `devices` are host paths (links followed, directories descended, INVALID_ARGUMENT for what is neither a
     device nor a directory); `all_devices` adds every node under /dev but terminals, shm and mqueue, for
     privileged containers. `seccomp_profile` is an absolute host path of a JSON file, at most 1 MiB.
+    With mappings the container is in the user namespace that network pinned for the pod: its layers are
+    mounted through them, and who is resolved is resolved in the container's ids.
     """
 
     container_id: str
@@ -228,6 +293,24 @@ class ContainerCreate(Request[ContainerRootfs]):
     devices: list[str] = []
     all_devices: bool = False
     seccomp_profile: str = ""
+    uid_mappings: list[IdMapping] = []
+    gid_mappings: list[IdMapping] = []
+    cdi_devices: list[str] = []
+    hook_facts: HookFacts | None = None
+    apparmor_profile: str = ""
+    directories: list[str] = []
+
+
+class IdmapSupport(Body):
+    """Whether containers can have user namespaces; `why` says what is in the way."""
+
+    supported: bool
+    why: str = ""
+
+
+@request("storage.idmap.probe", reply=IdmapSupport, idempotent=True)
+class IdmapProbe(Request[IdmapSupport]):
+    """Try, on the file system of the layers: a user namespace, an id-mapped mount, an overlay on it."""
 
 
 @request("storage.container.remove", idempotent=True)

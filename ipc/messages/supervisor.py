@@ -58,11 +58,13 @@ class InitStart(Request[InitStarted]):
     """Start the built-in init of a pod that shares its PID namespace, and pin that namespace.
 
     The init is placed in `cgroup_parent` (CRI spelling, as in the pod's config) so that its cost is the
-    pod's.
+    pod's. With `user_namespace` it belongs to the one that network pinned for the pod: as its root, so that
+    containers of the pod can mount /proc.
     """
 
     pod_id: str
     cgroup_parent: str = ""
+    user_namespace: bool = False
 
 
 @request("supervisor.init.stop", idempotent=True)
@@ -98,6 +100,7 @@ class RuntimeInfo(Body):
     idmap: bool = False
     oci_version_max: str = "1.0.2"
     default: bool = False
+    user_namespaces: bool = False  # it joins one that is there; ids of mounts are storage's business
 
 
 class HostInfo(Body):

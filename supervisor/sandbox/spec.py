@@ -177,5 +177,7 @@ NETWORK_CAPABILITIES = frozenset(
         "NET_RAW",  # iptables-legacy talks through a raw socket; address announcements
         "SYS_ADMIN",  # setns, pin namespaces with bind mounts
         "DAC_OVERRIDE",  # the tuning plugin makes its directory 0600, which then only this can enter
+        "SETUID",  # mappings of a pod's user namespace
+        "SETGID",
     }
 )

@@ -1,8 +1,11 @@
 """Runs in: children of network.
 
 A pod's namespaces: made by `unshare` in a child that returns afterwards, prepared from inside, and pinned by
-bind mounts of `/proc/self/ns/X` in the node's mount namespace. It owns the pins `net`, `ipc` and `uts` of
-`<run_root>/ns/<pod_id>/`; a `pid` pin beside them is the supervisor's and is left alone.
+bind mounts of `/proc/self/ns/X` in the node's mount namespace. It owns the pins `net`, `ipc`, `uts` and
+`user` of `<run_root>/ns/<pod_id>/`; a `pid` pin beside them is the supervisor's and is left alone.
+
+With a user namespace a process beside the child makes them all, since nobody comes back from one; the
+child writes the mappings, for that needs the node's own SETUID and SETGID.
 """
 
 from __future__ import annotations
@@ -13,20 +16,32 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
-from ipc import kernel
+from ipc import kernel, userns
 from ipc.errors import invalid
+from ipc.messages import IdMapping
+from workers.jobs import Beside
 from workers.network import sysctl
 
-FLAGS = {"net": kernel.CLONE_NEWNET, "ipc": kernel.CLONE_NEWIPC, "uts": kernel.CLONE_NEWUTS}
+FLAGS = {
+    "net": kernel.CLONE_NEWNET,
+    "ipc": kernel.CLONE_NEWIPC,
+    "uts": kernel.CLONE_NEWUTS,
+    "user": kernel.CLONE_NEWUSER,
+}
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 _IFREQ = "16sH14x"
 _HOSTNAME_LIMIT = 64  # __NEW_UTS_LEN
+_LAST_ID = 2**32 - 2
+
+#: uid and gid mappings of a user namespace, none for a pod without one.
+Mappings = tuple[list[IdMapping], list[IdMapping]]
 
 
-def check(namespaces: Collection[str], hostname: str) -> None:
-    """Raise INVALID_ARGUMENT for a namespace that is not ours, or a host name that cannot be set."""
+def check(namespaces: Collection[str], hostname: str, mappings: Mappings = ([], [])) -> None:
+    """Raise INVALID_ARGUMENT for a namespace that is not ours, or a host name that cannot be set, or mappings
+    that are not one range each, of container id 0 on, without the host's root in it."""
     unknown = [name for name in namespaces if name not in FLAGS]
     if unknown:
         raise invalid(f"namespace {unknown[0]!r} is none of {', '.join(FLAGS)}")
@@ -34,6 +49,18 @@ def check(namespaces: Collection[str], hostname: str) -> None:
         raise invalid("a host name needs the pod to have its own uts namespace")
     if len(hostname.encode()) > _HOSTNAME_LIMIT or not hostname.isprintable():
         raise invalid(f"host name {hostname!r} cannot be set")
+    if ("user" in namespaces) != any(mappings):
+        raise invalid("a user namespace and id mappings need each other")
+    for ranges in mappings if "user" in namespaces else ():
+        _check_range(ranges)
+
+
+def _check_range(ranges: list[IdMapping]) -> None:
+    if len(ranges) != 1:
+        raise invalid("a user namespace has exactly one mapping of uids and one of gids")
+    one = ranges[0]
+    if one.container_id != 0 or not 0 < one.host_id <= one.host_id + one.length - 1 <= _LAST_ID:
+        raise invalid(f"id mapping {one.container_id} {one.host_id} {one.length} cannot be made")
 
 
 def paths(directory: str, namespaces: Collection[str]) -> dict[str, str]:
@@ -41,19 +68,43 @@ def paths(directory: str, namespaces: Collection[str]) -> dict[str, str]:
     return {name: os.path.join(directory, name) for name in FLAGS if name in namespaces}
 
 
-def make(pins: Mapping[str, str], *, hostname: str, sysctls: Mapping[str, str]) -> None:
+def make(
+    pins: Mapping[str, str], *, hostname: str, sysctls: Mapping[str, str], mappings: Mappings = ([], [])
+) -> None:
     """Make new namespaces, prepare and pin them.
 
     Raises RemoteError or OSError; pins may then stand and are the caller's to remove.
     """
-    with _unshared(pins):
+
+    def prepare() -> None:
         if "net" in pins:
             _loopback_up()
         if hostname:
             socket.sethostname(hostname)
         sysctl.apply(sysctls)
+
+    if "user" in pins:
+        _make_owned(pins, mappings, prepare)
+        return
+    with _unshared(pins):
+        prepare()
         for name, path in pins.items():
             _pin(name, path)
+
+
+def _make_owned(pins: Mapping[str, str], mappings: Mappings, prepare: Callable[[], None]) -> None:
+    others = sum(FLAGS[name] for name in pins if name != "user")
+
+    def prepare_as_root() -> None:
+        userns.become_root()
+        prepare()
+
+    with Beside(lambda: userns.unshare(others), prepare_as_root) as maker:
+        maker.step()
+        userns.write_mappings(maker.pid, *mappings)
+        for name, path in pins.items():  # now: who changes its uid hides its /proc entries from us
+            _pin(name, path, maker.pid)
+        maker.step()
 
 
 @contextlib.contextmanager
@@ -77,10 +128,10 @@ def _loopback_up() -> None:
         fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack(_IFREQ, b"lo", flags | _IFF_UP))
 
 
-def _pin(name: str, path: str) -> None:
+def _pin(name: str, path: str, process: int | str = "self") -> None:
     os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400))
-    kernel.bind_mount(f"/proc/self/ns/{name}", path)
+    kernel.bind_mount(f"/proc/{process}/ns/{name}", path)
     kernel.mount("", path, "", kernel.MS_PRIVATE)
 
 

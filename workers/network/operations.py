@@ -17,7 +17,7 @@ import msgspec
 
 from ipc import log
 from ipc.errors import Code, RemoteError, internal, not_found, precondition
-from ipc.messages import Body
+from ipc.messages import Body, IdMapping
 from ipc.messages.network import PodNetwork
 from workers.network import namespaces
 from workers.network.chain import Chain
@@ -54,6 +54,8 @@ class Plan(Body):
     no_network: str = ""  # why there is none
     args: str = ""
     runtime_config: dict[str, object] = {}
+    uid_mappings: list[IdMapping] = []
+    gid_mappings: list[IdMapping] = []
 
 
 class Failure(Body):
@@ -103,7 +105,10 @@ def _begin(places: Places, plan: Plan) -> PodNetwork | None:
         record = _new_record(places, plan, lock.fd)
         records.save(record)
         try:
-            namespaces.make(record.namespaces, hostname=plan.hostname, sysctls=plan.sysctls)
+            mappings = (plan.uid_mappings, plan.gid_mappings)
+            namespaces.make(
+                record.namespaces, hostname=plan.hostname, sysctls=plan.sysctls, mappings=mappings
+            )
         except (RemoteError, OSError) as error:
             _forget(places, plan.pod_id)
             raise _as_remote(error, "the pod's namespaces cannot be made") from None

@@ -152,7 +152,7 @@ def make_plan(body: PodSetup) -> Plan:
     """Return what is to be made. Raises INVALID_ARGUMENT naming what is wrong."""
     wanted = list(dict.fromkeys(body.namespaces))
     check_pod_id(body.pod_id)
-    namespaces.check(wanted, body.hostname)
+    namespaces.check(wanted, body.hostname, (body.uid_mappings, body.gid_mappings))
     sysctl.check(body.sysctls, wanted)
     networked = "net" in wanted
     return Plan(
@@ -160,6 +160,8 @@ def make_plan(body: PodSetup) -> Plan:
         namespaces=wanted,
         hostname=body.hostname,
         sysctls=body.sysctls,
+        uid_mappings=body.uid_mappings,
+        gid_mappings=body.gid_mappings,
         args=cni_args(body) if networked else "",
         runtime_config=runtime_config(body) if networked else {},
     )

@@ -9,6 +9,7 @@ Where storage keeps what, and which identifiers may become a file's name there.
     <root>/containers/<id>/{upper,work}/            one container's writable layer
     <root>/images.db                                images, and a cache of the layers
     <run_root>/containers/<id>/rootfs               one container's overlay mount
+    <run_root>/containers/<id>/{lower,mounts}/      id-mapped mounts of one in a user namespace (idmap.py)
     <run_root>/pods/<id>/{resolv.conf,hostname,hosts,shm/}
 """
 
@@ -58,6 +59,7 @@ class Paths:
         self.database = self.root / "images.db"
         self.mounts = Path(run_root) / "containers"
         self.pods = Path(run_root) / "pods"
+        self.namespaces = Path(run_root) / "ns"  # pins, made by network
         self._life = os.urandom(4).hex()
         self._numbers = itertools.count(1)
 

@@ -47,6 +47,8 @@ class Pods:
     def setup(self, call: Call, body: PodSetup) -> None:
         """storage.pod.setup"""
         checked_id(body.pod_id, "pod")
+        if not (0 <= body.owner_uid < 2**32 - 1 and 0 <= body.owner_gid < 2**32 - 1):
+            raise invalid(f"pod {body.pod_id}: {body.owner_uid}:{body.owner_gid} cannot own its files")
         if any(c in body.hostname for c in "\0\n \t") or len(body.hostname) > 64 or body.shm_bytes < 0:
             raise invalid(f"pod {body.pod_id}: bad host name {body.hostname!r} or size of /dev/shm")
         directory = str(self._paths.pods / body.pod_id)
@@ -86,7 +88,7 @@ def set_up(directory: str, body: PodSetup) -> PodFiles:
     with told("cannot write the pod's files"):
         _write_files(Path(directory), body)
     if body.shm_bytes:
-        _mount_shm(Path(directory, "shm"), body.shm_bytes)
+        _mount_shm(Path(directory, "shm"), body)
     return PodFiles(
         directory=directory,
         shm=f"{directory}/shm" if body.shm_bytes else "",
@@ -99,9 +101,10 @@ def set_up(directory: str, body: PodSetup) -> PodFiles:
 def _write_files(home: Path, body: PodSetup) -> None:
     home.mkdir(mode=0o700, exist_ok=True)
     resolv_conf = body.resolv_conf if body.resolv_conf is not None else host_resolv_conf()
-    _write_once(home / "resolv.conf", resolv_conf)
-    _write_once(home / "hostname", f"{body.hostname}\n".encode())
-    _write_once(home / "hosts", hosts(body.hostname).encode())
+    owner = (body.owner_uid, body.owner_gid)
+    _write_once(home / "resolv.conf", resolv_conf, owner)
+    _write_once(home / "hostname", f"{body.hostname}\n".encode(), owner)
+    _write_once(home / "hosts", hosts(body.hostname).encode(), owner)
 
 
 def hosts(hostname: str) -> str:
@@ -118,21 +121,23 @@ def host_resolv_conf(path: str = "/etc/resolv.conf") -> bytes:
         return b""
 
 
-def _write_once(path: Path, data: bytes) -> None:
+def _write_once(path: Path, data: bytes, owner: tuple[int, int]) -> None:
     if path.exists():
         return
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_bytes(data)
     temporary.chmod(0o644)
+    os.chown(temporary, *owner)
     temporary.rename(path)
 
 
-def _mount_shm(path: Path, size: int) -> None:
+def _mount_shm(path: Path, body: PodSetup) -> None:
     path.mkdir(mode=0o700, exist_ok=True)
     if mounts.is_mounted(path):
         return
     try:
-        kernel.mount("shm", str(path), "tmpfs", SHM_FLAGS, f"mode=1777,size={size}")
+        options = f"mode=1777,size={body.shm_bytes},uid={body.owner_uid},gid={body.owner_gid}"
+        kernel.mount("shm", str(path), "tmpfs", SHM_FLAGS, options)
     except OSError as error:
         raise internal(f"cannot mount the pod's /dev/shm: {error.strerror}") from error
 
