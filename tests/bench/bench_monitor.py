@@ -28,6 +28,7 @@ LOG_BYTES = 400 * 1024 * 1024
 LOG_ROUNDS = 5
 EXEC_ROUNDS = 60
 MONITORS = 50
+CONMONS = 20
 MIB = 1024 * 1024
 
 
@@ -219,9 +220,9 @@ def _parent(processes: list[MonitorProcess]) -> Iterator[None]:
 
 
 def conmon_memory() -> tuple[float, float]:
-    """Medians of as many conmons that keep a sleeping container each."""
+    """Medians of some conmons that keep a sleeping container each."""
     with _root() as root, contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(conmon(root, "sleep", "1000")) for _ in range(MONITORS)]
+        processes = [stack.enter_context(conmon(root, "sleep", "1000")) for _ in range(CONMONS)]
         for process in processes:
             subprocess.run([*_bare_runtime(process), "start", process.id], check=True)
         pids = [(process.directory / "bundle/conmon.pid").read_text() for process in processes]
