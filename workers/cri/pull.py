@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ _ARCHIVE_FAULTS = {Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED}
 _BROKEN = {Code.UNAVAILABLE, Code.CANCELLED, Code.FAILED_PRECONDITION, Code.INTERNAL, Code.DATA_LOSS}
 #: What a restarted storage says of a staging that it does not know.
 _STAGING_LOST = {Code.UNAVAILABLE, Code.NOT_FOUND, Code.FAILED_PRECONDITION}
+
+_SECRET = os.urandom(32)
 
 
 @dataclass
@@ -370,5 +373,10 @@ async def _all_or_first_error(tasks: list[asyncio.Future[None]]) -> None:
 
 
 def fingerprint(auth: Auth | None) -> str:
-    """A digest of credentials, to tell pulls apart without keeping a secret in a key."""
-    return "" if auth is None else hashlib.sha256(msgspec.msgpack.encode(auth)).hexdigest()
+    """A digest of credentials, to tell pulls apart without keeping a secret in a key.
+
+    It is keyed, because keys stand in logs: nobody shall try passwords against it.
+    """
+    if auth is None:
+        return ""
+    return hashlib.blake2b(msgspec.msgpack.encode(auth), key=_SECRET, digest_size=8).hexdigest()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -27,9 +29,23 @@ from tests.support.cri_world import (
     world_and_worker,
 )
 from workers.cri.images import is_pinned, lookups, removal, to_cri
+from workers.cri.pull import fingerprint
 
 Scenario = Callable[[World, Worker], Coroutine[Any, Any, None]]
 PULLED = RESOLVED.config_digest
+
+
+def test_nobody_can_try_passwords_against_the_key_of_a_pull() -> None:
+    auth = image.Auth(username="u", password="p")
+    assert fingerprint(None) == ""
+    assert fingerprint(auth) == fingerprint(image.Auth(username="u", password="p"))
+    assert fingerprint(auth) != fingerprint(image.Auth(username="u", password="q"))
+    program = (
+        "from ipc.messages.image import Auth; from workers.cri.pull import fingerprint;"
+        "print(fingerprint(Auth(username='u', password='p')))"
+    )
+    elsewhere = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert elsewhere.stdout.strip() not in {"", fingerprint(auth)}
 
 
 def play(scenario: Scenario, **settings: Any) -> None:
