@@ -85,6 +85,7 @@ def container(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig
         if refusal.is_set(config):
             raise RemoteError(refusal.code, f"{refusal.field}: {refusal.text}", reason=refusal.reason)
     _identity(config.linux.security_context)
+    _profiles(config.linux.security_context)
     _privilege(config.linux.security_context, sandbox.linux.security_context)
     _modes(config.linux.security_context.namespace_options)
     texts("command and args", [*config.command, *config.args])
@@ -101,6 +102,8 @@ def pod(config: api_pb2.PodSandboxConfig) -> None:
         raise invalid("windows: this is a Linux node: the windows part must not be set")
     if config.log_directory:
         clean_path("log_directory", config.log_directory)
+    _cgroup_parent(config.linux.cgroup_parent)
+    texts("annotations", [*config.annotations, *config.annotations.values()])
     options = config.linux.security_context.namespace_options
     if _userns(options):
         raise RemoteError(Code.UNIMPLEMENTED, "userns_options: user namespaces are not supported")
@@ -191,11 +194,30 @@ def _privilege(
         raise invalid("a privileged container needs a pod sandbox that was made with privileged set")
 
 
+def _cgroup_parent(text: str) -> None:
+    """Slice or path; what spec.cgroups makes of it depends on the cgroup manager."""
+    texts("cgroup_parent", [text])
+    if ".." in text.split("/"):
+        raise invalid(f"cgroup_parent: {text!r} contains '..'")
+
+
+def _profiles(security: api_pb2.LinuxContainerSecurityContext) -> None:
+    """A kind of profile or policy that is newer than this release must not be taken for another."""
+    for what, profile in (("seccomp", security.seccomp), ("apparmor", security.apparmor)):
+        if profile.profile_type not in api_pb2.SecurityProfile.ProfileType.values():
+            raise invalid(f"{what}.profile_type: {profile.profile_type} is not known")
+    policy = security.supplemental_groups_policy
+    if policy not in api_pb2.SupplementalGroupsPolicy.values():
+        raise invalid(f"supplemental_groups_policy: {policy} is not known")
+
+
 def _modes(options: api_pb2.NamespaceOption) -> None:
     if options.network not in {api_pb2.POD, api_pb2.NODE}:
         raise invalid("namespace_options.network must be POD or NODE")
     if options.ipc not in {api_pb2.POD, api_pb2.CONTAINER, api_pb2.NODE}:
         raise invalid("namespace_options.ipc must be POD, CONTAINER or NODE")
+    if options.pid not in api_pb2.NamespaceMode.values():
+        raise invalid("namespace_options.pid must be POD, CONTAINER, NODE or TARGET")
     if options.pid == api_pb2.TARGET and not options.target_id:
         raise invalid("namespace_options.pid TARGET needs a target_id")
     if options.target_id and options.pid != api_pb2.TARGET:
