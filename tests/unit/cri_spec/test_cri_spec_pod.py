@@ -179,9 +179,8 @@ def test_log_path_that_leaves_its_directory_is_refused(path: str) -> None:
         make.sandbox(SandboxSecurity(namespace_options=Options(network=api_pb2.CONTAINER))),
         make.sandbox(SandboxSecurity(namespace_options=Options(pid=api_pb2.TARGET, target_id="x"))),
         make.sandbox(SandboxSecurity(namespace_options=Options(ipc=api_pb2.TARGET))),
-        make.sandbox(SandboxSecurity(namespace_options=Options(pid=9))),  # type: ignore[arg-type]  # a newer client
-        make.sandbox(linux=api_pb2.LinuxPodSandboxConfig(cgroup_parent="/kubepods/../..")),
-        make.sandbox(linux=api_pb2.LinuxPodSandboxConfig(cgroup_parent="/a\0")),
+        make.sandbox(cgroup_parent="/kubepods/../.."),
+        make.sandbox(cgroup_parent="/a\0"),
         make.sandbox(annotations={"k": "a\0b"}),
     ],
 )
@@ -217,7 +216,6 @@ def newer(**fields: int) -> api_pb2.LinuxContainerSecurityContext:
         part, _, leaf = name.rpartition("__")
         setattr(getattr(security, part) if part else security, leaf, number)
     return security
-
 
 
 @pytest.mark.parametrize(
