@@ -19,6 +19,7 @@ class Runtime(Body):
     path: str
     root: str  # the runtime's --root
     args: list[str] = []
+    allowed_annotations: list[str] = []
 
 
 class Common(Body):
@@ -53,6 +54,7 @@ class CriSettings(Common):
     default_env: list[str] = []
     default_sysctls: dict[str, str] = {}
     default_ulimits: list[str] = []
+    apparmor_profile: str = ""
     container_create_timeout: float = 240.0
     pod_setup_timeout: float = 300.0
     stop_timeout: float = 30.0
@@ -84,6 +86,8 @@ class StorageSettings(Common):
     unpack_timeout: float = 3600.0
     unpack_uid: int = 0
     mount_source_timeout: float = 30.0
+    cdi_spec_dirs: list[str] = []
+    hooks_dirs: list[str] = []
 
 
 class NetworkSettings(Common):

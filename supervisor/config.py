@@ -89,6 +89,9 @@ def user(value: str | int) -> str:
 
 _CAPABILITY = matching(r"(CAP_)?[A-Z_]+", "a capability's name")
 _ENV = matching(r"[^=\0]+=[^\0]*", "of the form NAME=VALUE")
+_ANNOTATION = matching(
+    r"[A-Za-z0-9./_-]*\*|[A-Za-z0-9./_-]+", "an annotation's name, or its beginning and a *"
+)
 _ULIMIT = matching(r"[a-z]+=-?\d+(:-?\d+)?", "of the form name=soft:hard")
 
 
@@ -99,6 +102,9 @@ class RuntimeConfig:
     path: str = key("", "Program; empty: NAME is looked up in the usual directories.", absolute_or_empty)
     root: str = key("", "The runtime's --root; empty: <run_root>/runtimes/NAME.", absolute_or_empty)
     args: list[str] = key([], "Global arguments, before the command.")
+    allowed_annotations: list[str] = key(
+        [], "Annotations of pods and containers that it is told: exact names, or foo/*.", _ANNOTATION
+    )
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,15 @@ class ContainersConfig:
     default_env: list[str] = key([], "NAME=VALUE; image and pod override it.", _ENV)
     default_sysctls: dict[str, str] = key({}, "For pods that have the sysctl's namespace to themselves.")
     default_ulimits: list[str] = key([], 'Such as "nofile=1024:2048".', _ULIMIT)
+    apparmor_profile: str = key("bulkhead-default", "AppArmor profile that RuntimeDefault means.")
+    cdi_spec_dirs: list[str] = key(
+        ["/etc/cdi", "/var/run/cdi"], "Directories of CDI specifications; later ones override.", absolute_list
+    )
+    hooks_dirs: list[str] = key(
+        ["/usr/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d"],
+        "Directories of OCI hooks (oci-hooks(5)); later ones override.",
+        absolute_list,
+    )
     cgroup_parent: str = key(
         "", "Parent of pods that name none; empty: a group of this instance.", absolute_or_empty
     )
@@ -309,5 +324,10 @@ def _resolved_runtimes(config: Config) -> dict[str, RuntimeConfig]:
         if not path and name not in config.runtimes:
             continue
         root = entry.root or f"{config.run_root}/runtimes/{name}"
-        found[name] = RuntimeConfig(path=path or f"/usr/bin/{name}", root=root, args=list(entry.args))
+        found[name] = RuntimeConfig(
+            path=path or f"/usr/bin/{name}",
+            root=root,
+            args=list(entry.args),
+            allowed_annotations=list(entry.allowed_annotations),
+        )
     return found

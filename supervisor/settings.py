@@ -120,7 +120,13 @@ class Derivation:
             listen=config.listen,
             bind_directory=bind_directory(config),
             runtimes=[
-                settings.Runtime(name=name, path=runtime.path, root=runtime.root, args=runtime.args)
+                settings.Runtime(
+                    name=name,
+                    path=runtime.path,
+                    root=runtime.root,
+                    args=runtime.args,
+                    allowed_annotations=runtime.allowed_annotations,
+                )
                 for name, runtime in config.runtimes.items()
             ],
             default_runtime=config.default_runtime,
@@ -132,6 +138,7 @@ class Derivation:
             default_env=config.containers.default_env,
             default_sysctls=config.containers.default_sysctls,
             default_ulimits=config.containers.default_ulimits,
+            apparmor_profile=config.containers.apparmor_profile,
             container_create_timeout=config.timeouts.container_create,
             pod_setup_timeout=config.timeouts.pod_setup,
             stop_timeout=config.timeouts.container_stop,
@@ -167,6 +174,8 @@ class Derivation:
             unpack_timeout=timeouts.unpack,
             unpack_uid=storage.unpack_uid,
             mount_source_timeout=timeouts.mount_source,
+            cdi_spec_dirs=self._config.containers.cdi_spec_dirs,
+            hooks_dirs=self._config.containers.hooks_dirs,
         )
 
     def _network(self) -> settings.NetworkSettings:

@@ -23,6 +23,7 @@ class Served:
     busybox: str
     larger: str
     registries_conf: str
+    registry: Registry  # to push more to
 
 
 @contextlib.contextmanager
@@ -39,6 +40,7 @@ def served(*, larger_files: int = 200) -> Iterator[Served]:
             f"{registry.address}/test/busybox:1",
             f"{registry.address}/test/larger:1",
             f'[[registry]]\nlocation = "{registry.address}"\ninsecure = true\n',
+            registry,
         )
 
 

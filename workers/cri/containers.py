@@ -83,6 +83,7 @@ class Containers:
 
     async def _set_up(self, pod: Pod, container: Container, timeout: float) -> None:
         image = await self._images.need(container.config.image)
+        container.record.mount_images = await self._mount_images(container.config)
         container.record.image_id = image.id
         container.record.image_name = shown_image(container.config.image, image)
         request = spec_request.container_create(
@@ -92,6 +93,8 @@ class Containers:
             config=container.config,
             sandbox=pod.config,
             image_config=image.config,
+            mount_images=container.record.mount_images,
+            apparmor_default=self._node.settings.apparmor_profile,
         )
         rootfs: list[ContainerRootfs] = []
 
@@ -102,6 +105,18 @@ class Containers:
         built = await self._spec(pod, container, image, rootfs[0])
         self._store.save_spec(container.id, built.spec)
         await self._create_by_monitor(pod, container, built, timeout)
+
+    async def _mount_images(self, config: pb.ContainerConfig) -> list[str]:
+        """The image's id of each mount, "" of those that are no image volume."""
+        return [
+            (await self._volume_image(mount)).id if mount.HasField("image") else "" for mount in config.mounts
+        ]
+
+    async def _volume_image(self, mount: pb.Mount) -> ImageRecord:
+        try:
+            return await self._images.need(mount.image)
+        except RemoteError as error:
+            raise RemoteError(error.code, error.text, reason="ImageVolumeMountFailed") from error
 
     async def _start_monitor(self, pod: Pod, container: Container) -> None:
         parent = pod.config.linux.cgroup_parent or self._node.settings.default_cgroup_parent
@@ -127,6 +142,7 @@ class Containers:
             host=await self._node.host(),
             runtime=await self._node.runtime_info(pod.record.handler),
             settings=self._node.settings,
+            apparmor_default=self._node.settings.apparmor_profile,
         )
         built = build(inputs)
         for sentence in built.degraded:

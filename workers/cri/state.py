@@ -81,6 +81,7 @@ class ContainerRecord(Body):
     pid: int = 0
     log_path: str = ""
     stop_signal: str = "SIGTERM"
+    mount_images: list[str] = []  # id of the image of each mount, "" where it is no image volume
     started_at_ns: int = 0
     exit: ExitRecord | None = None
 

@@ -173,10 +173,10 @@ def container_status(container: Container, spec: bytes | None) -> pb.ContainerSt
         image_id=record.image_id,
         labels=config.labels,
         annotations=config.annotations,
-        mounts=config.mounts,
         log_path=record.log_path,
         stop_signal=_SIGNALS.get(record.stop_signal, pb.Signal.SIGNAL_RUNTIME_DEFAULT),
     )
+    status.mounts.extend(_mounts(container))
     status.user.linux.uid, status.user.linux.gid = record.uid, record.gid
     status.user.linux.supplemental_groups.extend(record.groups)
     status.resources.linux.CopyFrom(config.linux.resources)
@@ -184,6 +184,16 @@ def container_status(container: Container, spec: bytes | None) -> pb.ContainerSt
         _add_exit(status, record.exit)
     info = {} if spec is None else _container_info(container, spec)
     return pb.ContainerStatusResponse(status=status, info=info)
+
+
+def _mounts(container: Container) -> Iterable[pb.Mount]:
+    """The mounts as they were asked for; an image volume says by its id which image it became."""
+    config = pb.ContainerConfig()
+    config.CopyFrom(container.config)
+    for mount, image_id in zip(config.mounts, container.record.mount_images, strict=False):
+        if image_id:
+            mount.image.image_ref = image_id
+    return config.mounts
 
 
 def _add_exit(status: pb.ContainerStatus, exit_: ExitRecord) -> None:

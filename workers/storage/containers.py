@@ -26,20 +26,26 @@ from ipc.messages.storage import (
     ContainerRemove,
     ContainerRootfs,
     ContainerUnmount,
+    IdmapProbe,
+    IdmapSupport,
+    MountSource,
+    MountSourceInfo,
 )
 from ipc.serve import Call
 from workers.jobs import Job, Jobs
 
-from . import mounts, users
+from . import cdi, hookfiles, idmap, mounts, users, volumes
 from .commit import copy_looks
 from .database import Database
-from .devices import examine_devices, read_profile
+from .devices import examine_devices, profile_loaded, read_profile
+from .idmap import Mapped
 from .images import Images
 from .layers import Layers, LowerLayer
 from .mounts import Progress
 from .paths import Paths, checked_id
 from .serial import Done, Serial
 from .trouble import HOST_TROUBLE, contained, refusal, told
+from .volumes import VolumePlan
 
 EMPTY_LINK = "empty"
 
@@ -51,6 +57,16 @@ class ContainerPlan(Body):
     mounted: str  # <run_root>/containers/<id>
     links: str
     lowers: list[LowerLayer]
+    root: str
+    volumes: list[VolumePlan] = []
+    mapped: Mapped | None = None
+
+
+class SpecDirectories(Body):
+    """Where the node's administrator keeps what may change a container."""
+
+    cdi: list[str] = []
+    hooks: list[str] = []
 
 
 class Containers:
@@ -66,10 +82,12 @@ class Containers:
         layers: Layers,
         images: Images,
         source_timeout: float,
+        directories: SpecDirectories,
     ) -> None:
         self._loop = loop
         self._jobs = jobs
         self._paths = paths
+        self._directories = directories
         self._database = database
         self._layers = layers
         self._images = images
@@ -94,8 +112,11 @@ class Containers:
             raise precondition(f"container {body.container_id} exists with another pod or image")
         chain = self._images.layers_of(image_id)
         plan = self._plan(body.container_id, self._layers.lowers(chain[-1]) if chain else [])
+        plan.mapped = self._mapped(body)
+        plan.volumes = self._volumes(body)
         if known is None:
-            self._database.add_container(body.container_id, body.pod_id, image_id)
+            volume_images = [volume.image_id for volume in plan.volumes]
+            self._database.add_container(body.container_id, body.pod_id, image_id, volume_images)
         self._build(call, done, body, plan, new=known is None)
 
     def _build(
@@ -120,10 +141,26 @@ class Containers:
             done()
 
         finish = _once(ended)
-        job = self._jobs.start(build, plan, body, progress, on_done=finish, name="create container")
+        job = self._jobs.start(
+            build, plan, body, self._directories, progress, on_done=finish, name="create container"
+        )
         call.doing = "making the container's root file system"
         call.on_abandon(job.kill)
         watch = _Watch(self._loop, self._source_timeout, job=job, progress=progress, call=call, finish=finish)
+
+    def _volumes(self, body: ContainerCreate) -> list[VolumePlan]:
+        """The image volumes of a request."""
+        return [
+            self._volume(position, source) for position, source in enumerate(body.mounts) if source.image_id
+        ]
+
+    def _volume(self, position: int, source: MountSource) -> VolumePlan:
+        image_id = self._images.find(source.image_id)
+        if image_id is None:
+            raise volumes.failed(Code.NOT_FOUND, f"image {source.image_id} is not here")
+        chain = self._images.layers_of(image_id)
+        lowers = self._layers.lowers(chain[-1]) if chain else []
+        return VolumePlan(position=position, image_id=image_id, sub_path=source.sub_path, lowers=lowers)
 
     # -- remove ---------------------------------------------------------------------------------------
 
@@ -191,6 +228,23 @@ class Containers:
             mounted=str(self._paths.mounts / container_id),
             links=str(self._paths.links),
             lowers=lowers,
+            root=str(self._paths.root),
+        )
+
+    def _mapped(self, body: ContainerCreate) -> Mapped | None:
+        if not body.uid_mappings:
+            return None
+        pin = self._paths.namespaces / body.pod_id / "user"
+        return Mapped(pin=str(pin), uids=body.uid_mappings, gids=body.gid_mappings)
+
+    # -- user namespaces ------------------------------------------------------------------------------
+
+    def probe(self, call: Call, _body: IdmapProbe) -> None:
+        """storage.idmap.probe"""
+        scratch = str(self._paths.fresh("probe"))
+        root = str(self._paths.root)
+        self._jobs.run(
+            call, idmap.probe, root, scratch, then=lambda value: msgspec.convert(value, IdmapSupport)
         )
 
 
@@ -268,23 +322,34 @@ def _answer(call: Call, outcome: Any) -> None:
 # -- in children ----------------------------------------------------------------------------------------
 
 
-def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> ContainerRootfs:
+def build(
+    plan: ContainerPlan, body: ContainerCreate, directories: SpecDirectories, progress: Progress
+) -> ContainerRootfs:
     """Make the root file system; done again, it finds what is there. Raises RemoteError, OSError."""
-    infos = [mounts.examine_source(source, progress) for source in body.mounts]
+    _make_home(Path(plan.mounted), plan.mapped)
+    infos = _sources(plan, body, progress)
+    edits, hooks = cdi.resolve(body.cdi_devices, directories.cdi, progress)
+    found_hooks = hookfiles.matching(body.hook_facts, directories.hooks, progress)
     devices = examine_devices(body.devices, progress, every=body.all_devices)
     profile = read_profile(body.seccomp_profile, progress)
     progress.at("the container's root file system")
     rootfs = Path(plan.mounted, "rootfs")
     with told("cannot make the container's root file system"):
-        rootfs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rootfs.mkdir(mode=0o700, exist_ok=True)
         if not mounts.is_mounted(rootfs):
             _mount(plan, rootfs)
+    if plan.mapped is not None:
+        progress.at("the container's id-mapped mounts")
+        idmap.mount_volumes(plan.mapped, Path(plan.mounted), body.mounts, infos)
     progress.at("the image's /etc/passwd and /etc/group")
     root_fd = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         user = users.resolve(root_fd, body.user)
+        volumes.make_directories(root_fd, body.directories)
     finally:
         os.close(root_fd)
+    if plan.mapped is not None:
+        plan.mapped.check(user.uid, [user.gid, *user.additional_gids])
     return ContainerRootfs(
         rootfs=str(rootfs),
         uid=user.uid,
@@ -295,7 +360,36 @@ def build(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> Con
         mounts=infos,
         devices=devices,
         seccomp_profile=profile,
+        cdi=edits,
+        hooks=hookfiles.merged(found_hooks, hooks),
+        apparmor_loaded=profile_loaded(body.apparmor_profile, progress),
     )
+
+
+def _sources(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> list[MountSourceInfo]:
+    planned = {volume.position: volume for volume in plan.volumes}
+    return [
+        _volume_source(plan, planned[position], progress)
+        if source.image_id
+        else mounts.examine_source(source, progress)
+        for position, source in enumerate(body.mounts)
+    ]
+
+
+def _volume_source(plan: ContainerPlan, volume: VolumePlan, progress: Progress) -> MountSourceInfo:
+    progress.at(f"the image volume {volume.image_id}")
+    for lower in volume.lowers:
+        _ensure_link(Path(plan.links), lower)
+    return volumes.mount_volume(volume, plan.mounted, plan.links, EMPTY_LINK)
+
+
+def _make_home(home: Path, mapped: Mapped | None) -> None:
+    """What is mounted in it may be setuid: nobody enters but the root of the container's namespace."""
+    with told("cannot make the container's root file system"):
+        home.mkdir(mode=0o700, exist_ok=True)
+        if mapped is not None:
+            os.chown(home, 0, mapped.owner(0, 0)[1])
+            home.chmod(0o710)
 
 
 def _mount(plan: ContainerPlan, rootfs: Path) -> None:
@@ -303,14 +397,22 @@ def _mount(plan: ContainerPlan, rootfs: Path) -> None:
     os.umask(0o022)
     upper.parent.mkdir(mode=0o700, exist_ok=True)
     work.mkdir(mode=0o700, exist_ok=True)
-    _make_upper(upper, Path(plan.lowers[0].diff) if plan.lowers else Path(plan.links, EMPTY_LINK))
+    _make_upper(
+        upper, Path(plan.lowers[0].diff) if plan.lowers else Path(plan.links, EMPTY_LINK), plan.mapped
+    )
+    links = Path(plan.links)
     for lower in plan.lowers:
-        _ensure_link(Path(plan.links), lower)
+        _ensure_link(links, lower)
     names = [lower.link for lower in plan.lowers] or [EMPTY_LINK]
-    mounts.mount_overlay(Path(plan.links), names, upper, work, rootfs)
+    if plan.mapped is None:
+        mounts.mount_overlay(links, names, upper, work, rootfs)
+        return
+    home, root = Path(plan.mounted), Path(plan.root)
+    below = str(links.relative_to(root))
+    idmap.mount_overlay(plan.mapped, root, home, links=below, lowers=names, upper=upper, work=work)
 
 
-def _make_upper(upper: Path, top: Path) -> None:
+def _make_upper(upper: Path, top: Path, mapped: Mapped | None) -> None:
     """The writable layer's root is what is seen as `/`: it must look like the image's."""
     with contextlib.suppress(FileExistsError):
         upper.mkdir(mode=0o700)
@@ -318,6 +420,9 @@ def _make_upper(upper: Path, top: Path) -> None:
         top_fd, upper_fd = os.open(top, flags), os.open(upper, flags)
         try:
             copy_looks(top_fd, upper_fd)
+            if mapped is not None:
+                found = os.fstat(top_fd)
+                os.fchown(upper_fd, *mapped.owner(found.st_uid, found.st_gid))
         finally:
             os.close(top_fd)
             os.close(upper_fd)
@@ -335,14 +440,17 @@ def _ensure_link(links: Path, lower: LowerLayer) -> None:
 
 
 def unmount_root(plan: ContainerPlan) -> None:
-    """Unmount the root file system, if it is mounted. Raises RemoteError."""
+    """Unmount the root file system and image volumes, if they are mounted. Raises RemoteError."""
     mounts.unmount_all(Path(plan.mounted, "rootfs"))
+    volumes.unmount_volumes(plan.mounted)
+    idmap.unmount_volumes(Path(plan.mounted))
 
 
 def dismantle(plan: ContainerPlan, grave: str) -> bool:
     """Unmount the root file system and move the writable layer to `grave`. True if there was one."""
     unmount_root(plan)
     mounts.remove_directory(Path(plan.mounted, "rootfs"))
+    idmap.remove(Path(plan.mounted))
     mounts.remove_directory(Path(plan.mounted))
     try:
         Path(plan.writable).rename(grave)

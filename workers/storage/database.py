@@ -42,6 +42,14 @@ CREATE TABLE containers(
     id TEXT PRIMARY KEY, pod_id TEXT NOT NULL, image_id TEXT NOT NULL) WITHOUT ROWID;
 CREATE INDEX containers_by_image ON containers(image_id);
 """
+#: Since the first schema, made where it is missing: an older release goes on without it.
+_ADDITIONS = """
+CREATE TABLE IF NOT EXISTS image_volumes(
+    container_id TEXT NOT NULL, image_id TEXT NOT NULL, PRIMARY KEY (container_id, image_id)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS image_volumes_by_image ON image_volumes(image_id);
+CREATE VIEW IF NOT EXISTS image_users(image_id, container_id) AS
+    SELECT image_id, id FROM containers UNION SELECT image_id, container_id FROM image_volumes;
+"""
 
 
 Operation = Callable[[sqlite3.Connection], object]
@@ -174,15 +182,28 @@ class Database:
         """All containers that have a row."""
         return {str(row[0]) for row in self.rows("SELECT id FROM containers")}
 
-    def add_container(self, container_id: str, pod_id: str, image_id: str) -> None:
-        """Record a container; its image is in use from here on."""
-        self._connection.execute(
-            "INSERT OR REPLACE INTO containers VALUES (?, ?, ?)", (container_id, pod_id, image_id)
-        )
+    def add_container(
+        self, container_id: str, pod_id: str, image_id: str, volume_images: Iterable[str] = ()
+    ) -> None:
+        """Record a container; its image and those of its image volumes are in use from here on."""
+        volumes = {(container_id, volume_image) for volume_image in volume_images}
+
+        def add(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT OR REPLACE INTO containers VALUES (?, ?, ?)", (container_id, pod_id, image_id)
+            )
+            connection.executemany("INSERT OR REPLACE INTO image_volumes VALUES (?, ?)", volumes)
+
+        self.write(add)
 
     def drop_container(self, container_id: str) -> None:
         """Forget a container."""
-        self.free(lambda c: c.execute("DELETE FROM containers WHERE id = ?", (container_id,)))
+
+        def drop(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM containers WHERE id = ?", (container_id,))
+            connection.execute("DELETE FROM image_volumes WHERE container_id = ?", (container_id,))
+
+        self.free(drop)
 
 
 def _layer_row(row: tuple[str, str, str, int, int, int]) -> LayerRow:
@@ -212,6 +233,7 @@ def _check(connection: sqlite3.Connection) -> None:
         connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     elif version != SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"its schema is version {version}, this program's {SCHEMA_VERSION}")
+    connection.executescript(f"BEGIN; {_ADDITIONS} COMMIT;")
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise sqlite3.DatabaseError(verdict)

@@ -18,6 +18,7 @@ from .mounts import Progress
 
 MAX_DEVICES = 16_384
 MAX_PROFILE = 1024 * 1024
+APPARMOR_PROFILES = "/sys/kernel/security/apparmor/profiles"
 #: What a container has of its own, whoever it is.
 OWN_DIRECTORIES = frozenset({"pts", "shm", "mqueue", "fd"})
 OWN_NODES = frozenset({"console", "ptmx", "tty"})
@@ -103,6 +104,18 @@ def _device(requested: str, suffix: str, status: os.stat_result) -> DeviceInfo |
         uid=status.st_uid,
         gid=status.st_gid,
     )
+
+
+def profile_loaded(name: str, progress: Progress) -> bool:
+    """Whether the kernel has an AppArmor profile of that name."""
+    if not name:
+        return False
+    progress.at(APPARMOR_PROFILES)
+    try:
+        with open(APPARMOR_PROFILES, encoding="utf-8", errors="surrogateescape") as lines:
+            return any(line.rpartition(" (")[0] == name for line in lines)
+    except OSError:  # no AppArmor, or no securityfs
+        return False
 
 
 def read_profile(path: str, progress: Progress) -> bytes:

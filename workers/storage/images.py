@@ -156,7 +156,7 @@ class Images:
 
     def _refuse_in_use(self, image: ImageRecord) -> None:
         if image.in_use:
-            users = self._column("SELECT id FROM containers WHERE image_id = ? ORDER BY id LIMIT 3", image.id)
+            users = self._column(_USERS, image.id)
             shown = ", ".join(users) + (", ..." if image.in_use > len(users) else "")
             raise precondition(f"image {image.id} is in use by {image.in_use} container(s): {shown}")
 
@@ -174,7 +174,7 @@ class Images:
 
     def container_gone(self) -> None:
         """A container was removed: a damaged image that only it still used can go."""
-        broken = "SELECT id FROM images WHERE broken = 1 AND id NOT IN (SELECT image_id FROM containers)"
+        broken = "SELECT id FROM images WHERE broken = 1 AND id NOT IN (SELECT image_id FROM image_users)"
         for row in self._database.rows(broken):
             self._delete(str(row[0]))
 
@@ -209,7 +209,8 @@ _SIZE = (
     "SELECT COALESCE(SUM(size), 0) FROM layers WHERE chain_id IN"
     " (SELECT chain_id FROM image_layers WHERE image_id = ?)"
 )
-_IN_USE = "SELECT COUNT(*) FROM containers WHERE image_id = ?"
+_IN_USE = "SELECT COUNT(*) FROM image_users WHERE image_id = ?"
+_USERS = "SELECT container_id FROM image_users WHERE image_id = ? ORDER BY container_id LIMIT 3"
 
 
 def _is_last(image: ImageRecord, reference: str) -> bool:

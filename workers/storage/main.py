@@ -19,7 +19,7 @@ from ipc.settings import StorageSettings
 from ipc.table import ROOT, Handler, Handlers, table
 from workers import boot
 
-from .containers import Containers
+from .containers import Containers, SpecDirectories
 from .database import Database
 from .images import Images
 from .layers import Layers
@@ -54,6 +54,7 @@ class Storage:
             layers=self.layers,
             images=self.images,
             source_timeout=settings.mount_source_timeout,
+            directories=SpecDirectories(cdi=settings.cdi_spec_dirs, hooks=settings.hooks_dirs),
         )
         self.pods = Pods(self.jobs, paths)
 
@@ -92,6 +93,7 @@ class Storage:
             Handler(storage.PodSetup, answering(self.pods.setup), CALLERS),
             Handler(storage.PodTeardown, answering(self.pods.teardown), CALLERS),
             Handler(storage.ContainerCreate, answering(self.containers.create), CALLERS),
+            Handler(storage.IdmapProbe, answering(self.containers.probe), CALLERS),
             Handler(storage.ContainerRemove, answering(self.containers.remove), CALLERS),
             Handler(storage.ContainerUnmount, answering(self.containers.unmount), CALLERS),
             Handler(storage.InventoryList, answering(self.inventory), CALLERS),

@@ -9,6 +9,7 @@ import pytest
 
 from ipc.cri import api_pb2
 from ipc.errors import Code, RemoteError
+from ipc.settings import Runtime
 from tests.support import spec_inputs as make
 from workers.cri.spec import cgroups
 from workers.cri.spec.build import oci_version
@@ -296,9 +297,12 @@ def test_hidden_path_that_is_not_absolute_is_refused(path: str) -> None:
         linux(make.container(Security(masked_paths=[path])))
 
 
-def test_annotations_that_runtimes_act_on_are_dropped_and_ours_are_there() -> None:
+def test_annotations_are_passed_on_as_allowed_and_never_those_that_runtimes_act_on() -> None:
     own = {
         "example.com/a": "1",
+        "example.com/b": "2",
+        "exact": "3",
+        "exactly": "4",
         "run.oci.handler": "wasm",
         "run.oci.hooks.stdout": "/x",
         "org.systemd.property.ExecStart": "x",
@@ -310,8 +314,7 @@ def test_annotations_that_runtimes_act_on_are_dropped_and_ours_are_there() -> No
     config = make.container(
         annotations=own, image=api_pb2.ImageSpec(image="sha256:1", user_specified_image="busybox")
     )
-    assert make.spec(config)["annotations"] == {
-        "example.com/a": "1",
+    ours = {
         "io.kubernetes.cri.container-type": "container",
         "io.kubernetes.cri.container-name": "main",
         "io.kubernetes.cri.sandbox-id": make.POD_ID,
@@ -321,6 +324,15 @@ def test_annotations_that_runtimes_act_on_are_dropped_and_ours_are_there() -> No
         "io.kubernetes.cri.image-id": "sha256:" + "a" * 64,
         "io.kubernetes.cri.image-name": "busybox",
     }
+    assert make.spec(config)["annotations"] == ours
+    pod = make.sandbox(annotations={"example.com/a": "the pod's", "example.com/pod": "5", "other": "6"})
+    crun = Runtime(name="crun", path="/c", root="/r", allowed_annotations=["example.com/*", "exact"])
+    everything = Runtime(name="crun", path="/c", root="/r", allowed_annotations=["*"])
+    passed = {"example.com/a": "1", "example.com/b": "2", "exact": "3", "example.com/pod": "5"}
+    made = make.spec(config, sandbox=pod, settings=make.settings(runtimes=[crun]))
+    assert made["annotations"] == ours | passed
+    made = make.spec(config, sandbox=pod, settings=make.settings(runtimes=[everything]))
+    assert made["annotations"] == ours | passed | {"exactly": "4", "other": "6"}
 
 
 def test_labels_of_the_image_go_nowhere() -> None:

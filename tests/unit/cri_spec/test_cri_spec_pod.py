@@ -218,14 +218,20 @@ def newer(**fields: int) -> api_pb2.LinuxContainerSecurityContext:
     return security
 
 
+def image_mount(**fields: Any) -> api_pb2.Mount:
+    return api_pb2.Mount(container_path="/v", readonly=True, image=api_pb2.ImageSpec(image="x"), **fields)
+
+
 @pytest.mark.parametrize(
     ("config", "code"),
     [
         (make.container(metadata=api_pb2.ContainerMetadata()), Code.INVALID_ARGUMENT),
-        (make.container(CDI_devices=[api_pb2.CDIDevice(name="a/b=c")]), Code.UNIMPLEMENTED),
-        (make.container(annotations={"cdi.k8s.io/x": "a/b=c"}), Code.UNIMPLEMENTED),
-        (make.container(mounts=[api_pb2.Mount(image=api_pb2.ImageSpec(image="x"))]), Code.UNIMPLEMENTED),
-        (make.container(mounts=[api_pb2.Mount(image_sub_path="x")]), Code.UNIMPLEMENTED),
+        (make.container(mounts=[api_pb2.Mount(image=api_pb2.ImageSpec(image="x"))]), Code.INVALID_ARGUMENT),
+        (make.container(mounts=[image_mount(host_path="/a")]), Code.INVALID_ARGUMENT),
+        (make.container(mounts=[image_mount(propagation=1)]), Code.INVALID_ARGUMENT),
+        (make.container(mounts=[image_mount(image_sub_path="a/../../b")]), Code.INVALID_ARGUMENT),
+        (make.container(mounts=[image_mount(image_sub_path="a\0b")]), Code.INVALID_ARGUMENT),
+        (make.container(mounts=[api_pb2.Mount(image_sub_path="x")]), Code.INVALID_ARGUMENT),
         (
             make.container(mounts=[api_pb2.Mount(uidMappings=[api_pb2.IDMapping(length=1)])]),
             Code.UNIMPLEMENTED,

@@ -14,6 +14,7 @@ from workers.cri.spec import exec_process
 from workers.cri.spec import image as image_module
 from workers.cri.spec import process as process_module
 from workers.cri.spec.capabilities import DEFAULT, NAMES
+from workers.cri.spec.security import apparmor_wanted
 from workers.cri.spec.signals import NAMES as SIGNAL_NAMES
 from workers.cri.spec.signals import stop_signal
 
@@ -296,8 +297,9 @@ def test_stop_signal_that_is_none_is_refused(text: str) -> None:
 
 def test_apparmor_profile_is_the_default_one_where_there_is_one() -> None:
     host = make.host(apparmor=True)
-    assert process(host=host, apparmor_default="bh")["apparmorProfile"] == "bh"
-    assert "apparmorProfile" not in process(apparmor_default="bh")
+    loaded = make.rootfs(apparmor_loaded=True)
+    assert process(host=host, apparmor_default="bh", rootfs=loaded)["apparmorProfile"] == "bh"
+    assert "apparmorProfile" not in process(apparmor_default="bh", rootfs=loaded)
     made = make.built(host=host)
     assert any("AppArmor" in note for note in made.degraded)
 
@@ -307,11 +309,11 @@ def profile(kind: str, reference: str = "") -> api_pb2.SecurityProfile:
 
 
 def test_apparmor_follows_the_request() -> None:
-    host = make.host(apparmor=True)
+    host, loaded = make.host(apparmor=True), make.rootfs(apparmor_loaded=True)
     named = make.container(Security(apparmor=profile("Localhost", "localhost/mine")))
-    assert process(named, host=host)["apparmorProfile"] == "mine"
+    assert process(named, host=host, rootfs=loaded)["apparmorProfile"] == "mine"
     old = make.container(Security(apparmor_profile="localhost/mine"))
-    assert process(old, host=host)["apparmorProfile"] == "mine"
+    assert process(old, host=host, rootfs=loaded)["apparmorProfile"] == "mine"
     free = make.container(Security(apparmor=profile("Unconfined")))
     assert process(free, host=host, apparmor_default="bh")["apparmorProfile"] == "unconfined"
     assert "apparmorProfile" not in process(free)
@@ -320,9 +322,29 @@ def test_apparmor_follows_the_request() -> None:
     assert "apparmorProfile" not in process(privileged, sandbox=sandbox, host=host, apparmor_default="bh")
 
 
+@pytest.mark.parametrize(
+    ("security", "wanted"),
+    [
+        (Security(), "bh"),
+        (Security(apparmor=profile("RuntimeDefault")), "bh"),
+        (Security(apparmor=profile("Localhost", "localhost/mine")), "mine"),
+        (Security(apparmor_profile="localhost/mine"), "mine"),
+        (Security(apparmor=profile("Unconfined")), ""),
+        (Security(privileged=True), ""),
+        (Security(privileged=True, apparmor=profile("Localhost", "mine")), "mine"),
+    ],
+)
+def test_storage_is_asked_for_the_apparmor_profile_that_counts(security: Security, wanted: str) -> None:
+    assert apparmor_wanted(security, "bh") == wanted
+
+
 def test_apparmor_that_cannot_be_given_is_refused() -> None:
     with pytest.raises(RemoteError, match="no AppArmor"):
         process(make.container(Security(apparmor=profile("Localhost", "mine"))))
+    with pytest.raises(RemoteError, match="'mine' is not loaded"):
+        process(
+            make.container(Security(apparmor=profile("Localhost", "mine"))), host=make.host(apparmor=True)
+        )
     with pytest.raises(RemoteError, match="not loaded"):
         process(make.container(Security(apparmor=profile("RuntimeDefault"))), host=make.host(apparmor=True))
     for text in ("localhost/", "whatever"):

@@ -1,16 +1,17 @@
 """Runs in: cri. Annotations of the OCI runtime-spec.
 
-Owns the deny-list (a runtime acts on these, so a pod must not write them: CVE-2024-3154) and our own.
-Those of the image go nowhere (CVE-2026-53488).
+A runtime may act on any annotation, so it is told those only that its handler's configuration allows
+(`runtimes.NAME.allowed_annotations`), and our own. Owns the deny-list: what these do to the host no pod may
+ask for, whatever is allowed (CVE-2024-3154). Those of the image go nowhere (CVE-2026-53488).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from .inputs import SpecInputs
 
-#: A key that is one of these or begins with one is not passed to the runtime.
+#: A key that is one of these or begins with one is never passed to the runtime.
 DENIED = (
     "run.oci.",
     "org.systemd.property.",
@@ -23,12 +24,26 @@ _OWN = "io.kubernetes.cri."
 
 
 def of_container(inputs: SpecInputs) -> dict[str, str]:
-    """The container's, without denied ones, and ours."""
-    return allowed(inputs.config.annotations) | _ours(inputs)
+    """What is allowed of the pod's and the container's, and ours."""
+    patterns = _patterns(inputs)
+    requested = dict(inputs.sandbox.annotations) | dict(inputs.config.annotations)
+    return allowed(requested, patterns) | _ours(inputs)
 
 
-def allowed(requested: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in requested.items() if not key.startswith(DENIED)}
+def _patterns(inputs: SpecInputs) -> Sequence[str]:
+    name = inputs.runtime.name
+    return next((r.allowed_annotations for r in inputs.settings.runtimes if r.name == name), [])
+
+
+def allowed(requested: Mapping[str, str], patterns: Iterable[str]) -> dict[str, str]:
+    """Those that one of the patterns allows: exact names, or beginnings with a * after them."""
+    exact = {pattern for pattern in patterns if not pattern.endswith("*")}
+    beginnings = tuple(pattern[:-1] for pattern in patterns if pattern.endswith("*"))
+    return {
+        key: value
+        for key, value in requested.items()
+        if (key in exact or key.startswith(beginnings)) and not key.startswith(DENIED)
+    }
 
 
 def _ours(inputs: SpecInputs) -> dict[str, str]:

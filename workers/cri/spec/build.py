@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from . import cgroups, image, linux, mounts, process, signals, validate
+from ipc.messages.storage import Hook
+
+from . import cdi, cgroups, image, linux, mounts, process, signals, validate
 from .annotations import of_container
 from .inputs import Built, SpecInputs
 from .notes import Notes
@@ -37,6 +39,10 @@ def build(inputs: SpecInputs) -> Built:
         "annotations": of_container(inputs),
         "linux": linux.linux(inputs, path, notes),
     }
+    if hooks := inputs.rootfs.hooks:
+        spec["hooks"] = {stage: [_hook(hook) for hook in chosen] for stage, chosen in hooks.items()}
+    if inputs.rootfs.cdi is not None:
+        cdi.apply(spec, inputs.rootfs.cdi)
     return Built(
         spec=msgspec.json.encode(spec),
         cgroup_path=path.relative,
@@ -44,6 +50,12 @@ def build(inputs: SpecInputs) -> Built:
         stop_signal=signals.stop_signal(inputs.config, execution),
         degraded=notes.all(),
     )
+
+
+def _hook(hook: Hook) -> dict[str, Any]:
+    made: dict[str, Any] = {"path": hook.path}
+    given = {"args": hook.args, "env": hook.env, "timeout": hook.timeout}
+    return made | {key: value for key, value in given.items() if value}
 
 
 def cgroup_path(inputs: SpecInputs) -> cgroups.CgroupPath:

@@ -10,6 +10,10 @@ import msgspec
 
 from ipc.errors import invalid
 
+from . import validate
+
+MAX_VOLUMES = 256
+
 
 class Execution(msgspec.Struct, rename="pascal"):
     """The `config` object of the image's config."""
@@ -20,6 +24,7 @@ class Execution(msgspec.Struct, rename="pascal"):
     cmd: list[str] | None = None
     working_dir: str = ""
     stop_signal: str = ""
+    volumes: dict[str, object] | None = None
 
 
 class _ImageConfig(msgspec.Struct):
@@ -35,3 +40,13 @@ def execution(image_config: bytes) -> Execution:
         return _DECODER.decode(image_config).config or Execution()
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise invalid(f"the image's config is not valid: {error}") from None
+
+
+def volumes(config: Execution) -> list[str]:
+    """The directories that the image declares as VOLUMEs: they are made in its root where it lacks them."""
+    paths = sorted(
+        validate.clean_path("the image's VOLUME", f"/{path.lstrip('/')}") for path in config.volumes or {}
+    )
+    if len(paths) > MAX_VOLUMES:
+        raise invalid(f"the image declares more than {MAX_VOLUMES} VOLUMEs")
+    return [path for path in paths if path != "/"]

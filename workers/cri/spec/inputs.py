@@ -43,7 +43,7 @@ class SpecInputs:
     host: HostInfo
     runtime: RuntimeInfo
     settings: CriSettings
-    #: name of the AppArmor profile that stands for RuntimeDefault and is loaded, "" if there is none
+    #: name of the AppArmor profile that stands for RuntimeDefault; storage has looked whether it is loaded
     apparmor_default: str = ""
     machine: str = field(default_factory=_machine)
 

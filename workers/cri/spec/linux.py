@@ -12,7 +12,7 @@ from typing import Any
 from ipc.cri import api_pb2
 from ipc.errors import precondition
 
-from . import cgroups, devices, mounts, seccomp, security, validate
+from . import cgroups, devices, mounts, seccomp, security, userns, validate
 from .inputs import SpecInputs
 from .notes import Notes
 
@@ -51,6 +51,8 @@ def linux(inputs: SpecInputs, path: cgroups.CgroupPath, notes: Notes) -> dict[st
         "maskedPaths": hidden_paths("masked_paths", context, context.masked_paths, MASKED_PATHS),
         "readonlyPaths": hidden_paths("readonly_paths", context, context.readonly_paths, READONLY_PATHS),
     }
+    if mapped := userns.of_pod(inputs.sandbox):
+        parts["uidMappings"], parts["gidMappings"] = [userns.oci(mapped.uids)], [userns.oci(mapped.gids)]
     if profile := seccomp.profile(inputs, notes):
         parts["seccomp"] = profile
     if label := security.mount_label(inputs, notes):
@@ -61,10 +63,18 @@ def linux(inputs: SpecInputs, path: cgroups.CgroupPath, notes: Notes) -> dict[st
 def namespaces(inputs: SpecInputs) -> list[dict[str, str]]:
     """mount is always new; the others by their mode. A cgroup namespace only where cgroups are one tree."""
     found = [{"type": "mount"}, *_network_and_names(inputs), *_ipc(inputs), *_pid(inputs)]
+    if userns.of_pod(inputs.sandbox):
+        found.append({"type": "user", "path": _user(inputs)})
     privileged = inputs.config.linux.security_context.privileged
     if inputs.host.cgroup_version == 2 and not privileged:
         found.append({"type": "cgroup"})
     return found
+
+
+def _user(inputs: SpecInputs) -> str:
+    if path := inputs.namespaces.get("user"):
+        return path
+    raise precondition("userns_options: the pod sandbox has no user namespace")
 
 
 def _network_and_names(inputs: SpecInputs) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from ipc.cri import api_pb2
 from ipc.errors import Code, RemoteError, internal, invalid, precondition
 from ipc.messages.storage import MountSourceInfo
 
-from . import validate
+from . import security, userns, validate
 from .inputs import SpecInputs
 from .notes import Notes
 from .words import words
@@ -36,6 +36,8 @@ OPTIONS = frozenset(
     )
 )
 
+#: What is mounted before everything else.
+KERNEL_DESTINATIONS = frozenset(words("/proc /dev /dev/pts /dev/mqueue /sys /sys/fs/cgroup"))
 _KERNEL_FLAGS = ["nosuid", "noexec", "nodev"]
 _POD_FILE_OPTIONS = ["rbind", "rprivate", "nosuid", "nodev", "noexec"]
 
@@ -47,6 +49,12 @@ def mounts(inputs: SpecInputs, notes: Notes) -> list[Mount]:
     defaults = [mount for mount in _kernel_mounts(inputs) if not _covered(mount["destination"], taken)]
     files = [mount for mount in _pod_mounts(inputs) if mount["destination"] not in taken]
     return defaults + sorted(files + requested, key=_depth)
+
+
+def in_order(mounts: list[Mount]) -> list[Mount]:
+    """Mounts to which some were added: those of the kernel stay first, the others come by depth."""
+    first = [mount for mount in mounts if mount["destination"] in KERNEL_DESTINATIONS]
+    return first + sorted((mount for mount in mounts if mount not in first), key=_depth)
 
 
 def rootfs_propagation(config: api_pb2.ContainerConfig) -> str:
@@ -81,9 +89,16 @@ def _kernel_mounts(inputs: SpecInputs) -> list[Mount]:
         _mount("/dev", "tmpfs", "tmpfs", devices),
         _mount("/dev/pts", "devpts", "devpts", terminals),
         _mount("/dev/mqueue", "mqueue", "mqueue", _KERNEL_FLAGS),
-        _mount("/sys", "sysfs", "sysfs", [*_KERNEL_FLAGS, access]),
+        _sysfs(inputs, access),
         _mount("/sys/fs/cgroup", "cgroup", "cgroup", [*_KERNEL_FLAGS, "relatime", access]),
     ]
+
+
+def _sysfs(inputs: SpecInputs, access: str) -> Mount:
+    """sysfs is of a network namespace: the host's cannot be mounted anew by a user namespace's root."""
+    if userns.of_pod(inputs.sandbox) and namespace_options(inputs).network == api_pb2.NODE:
+        return _mount("/sys", "bind", "/sys", ["rbind", "rslave", *_KERNEL_FLAGS, access])
+    return _mount("/sys", "sysfs", "sysfs", [*_KERNEL_FLAGS, access])
 
 
 def _mount(destination: str, kind: str, source: str, options: list[str]) -> Mount:
@@ -134,8 +149,8 @@ def _bind(mount: api_pb2.Mount, source: MountSourceInfo, inputs: SpecInputs, not
     destination = validate.clean_path("mounts.container_path", mount.container_path)
     if destination == "/":
         raise invalid("mounts: nothing can be mounted over the container's root")
-    if mount.selinux_relabel and inputs.host.selinux:
-        notes.add(f"{destination}: its files keep their SELinux labels, relabelling is not supported")
+    if mount.selinux_relabel and inputs.host.selinux and not security.mount_label(inputs, notes):
+        notes.add(f"{destination}: its files keep their SELinux labels, the container has none to give them")
     options = ["rbind", propagation(mount), _access(mount, inputs), *_flags(mount, source)]
     _check_source(mount, source)
     return _mount(destination, "bind", source.path, options)

@@ -15,7 +15,7 @@ from ipc.cri import api_pb2
 from ipc.errors import invalid
 from ipc.messages import network, storage
 
-from . import validate
+from . import userns, validate
 
 #: Bytes of a pod's /dev/shm.
 SHM_BYTES = 64 * 1024 * 1024
@@ -26,6 +26,7 @@ _SYSCTL_VALUE = re.compile(r"[\x21-\x7e]+([ \t][\x21-\x7e]+)*\Z")
 _IPC_SYSCTLS = ("kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue.")
 _PROTOCOLS = {api_pb2.TCP: "tcp", api_pb2.UDP: "udp", api_pb2.SCTP: "sctp"}
 MAX_PORT = 65535
+_PING = "net.ipv4.ping_group_range"
 
 
 def options(config: api_pb2.PodSandboxConfig) -> api_pb2.NamespaceOption:
@@ -45,7 +46,9 @@ def shares_pid(config: api_pb2.PodSandboxConfig) -> bool:
 def namespaces(config: api_pb2.PodSandboxConfig) -> list[str]:
     """The namespaces that network pins. A pod on the host's network has the host's name: no UTS either."""
     names = [] if host_network(config) else ["net", "uts"]
-    return names if options(config).ipc == api_pb2.NODE else [*names, "ipc"]
+    if options(config).ipc != api_pb2.NODE:
+        names.append("ipc")
+    return [*names, "user"] if userns.of_pod(config) else names
 
 
 def hostname(config: api_pb2.PodSandboxConfig, pod_id: str, node_name: str) -> str:
@@ -83,7 +86,18 @@ def sysctls(config: api_pb2.PodSandboxConfig, defaults: Mapping[str, str]) -> di
         if not _namespaced(key, config):
             raise invalid(f"sysctls: {key} is not of a namespace that belongs to this pod")
     applicable = {_sysctl_name(key): value for key, value in defaults.items()}
-    return {key: value for key, value in applicable.items() if _namespaced(key, config)} | own
+    chosen = {key: value for key, value in applicable.items() if _namespaced(key, config)} | own
+    if (mapped := userns.of_pod(config)) and _PING in chosen:
+        chosen[_PING] = _ping_group_range(chosen[_PING], mapped.gids.length - 1)
+    return chosen
+
+
+def _ping_group_range(value: str, last: int) -> str:
+    """The kernel takes only groups that the user namespace has: a range for everybody ends with the last."""
+    numbers = value.split()
+    if len(numbers) == 2 and all(number.isdigit() for number in numbers):
+        return f"{numbers[0]}\t{min(int(numbers[1]), last)}"
+    return value
 
 
 def _sysctl_name(text: str) -> str:
@@ -136,6 +150,7 @@ def network_setup(
     pod_id: str, config: api_pb2.PodSandboxConfig, *, default_sysctls: Mapping[str, str]
 ) -> network.PodSetup:
     """The request to network, for a config that `validate.pod` let pass."""
+    mapped = userns.of_pod(config)
     return network.PodSetup(
         pod_id=pod_id,
         name=config.metadata.name,
@@ -151,16 +166,21 @@ def network_setup(
         labels=dict(config.labels),
         sysctls=sysctls(config, default_sysctls),
         cgroup_parent=config.linux.cgroup_parent,
+        uid_mappings=[mapped.uids] if mapped else [],
+        gid_mappings=[mapped.gids] if mapped else [],
     )
 
 
 def storage_setup(pod_id: str, config: api_pb2.PodSandboxConfig, *, node_name: str) -> storage.PodSetup:
     """The request to storage, for a config that `validate.pod` let pass."""
+    mapped = userns.of_pod(config)
     return storage.PodSetup(
         pod_id=pod_id,
         hostname=hostname(config, pod_id, node_name),
         resolv_conf=resolv_conf(config.dns_config),
         shm_bytes=0 if options(config).ipc == api_pb2.NODE else SHM_BYTES,
+        owner_uid=mapped.uids.host_id if mapped else 0,
+        owner_gid=mapped.gids.host_id if mapped else 0,
     )
 
 

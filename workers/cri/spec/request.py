@@ -6,11 +6,14 @@ speak of the same mounts and devices in the same order. Refuses what `validate.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ipc.cri import api_pb2
 from ipc.errors import invalid
 from ipc.messages import storage
 
-from . import image, mounts, seccomp, validate
+from . import cdi, image, mounts, process, seccomp, userns, validate
+from . import security as seclabels
 
 
 def container_create(
@@ -21,20 +24,43 @@ def container_create(
     config: api_pb2.ContainerConfig,
     sandbox: api_pb2.PodSandboxConfig,
     image_config: bytes,
+    mount_images: Sequence[str] = (),
+    apparmor_default: str = "",
 ) -> storage.ContainerCreate:
-    """Check the request and make the message. RemoteError says what is wrong with it."""
+    """Check the request and make the message. RemoteError says what is wrong with it.
+
+    `mount_images` has the image's id for each mount that is an image volume, "" for the others.
+    """
     validate.container(config, sandbox)
     security = config.linux.security_context
+    images = mount_images or [""] * len(config.mounts)
+    execution = image.execution(image_config)
+    mapped = userns.of_pod(sandbox)
     return storage.ContainerCreate(
         container_id=container_id,
         pod_id=pod_id,
         image_id=image_id,
-        user=container_user(security, image.execution(image_config)),
-        mounts=[_mount_source(mount) for mount in config.mounts],
+        user=container_user(security, execution),
+        mounts=[_mount_source(mount, id_, mapped) for mount, id_ in zip(config.mounts, images, strict=True)],
+        uid_mappings=[mapped.uids] if mapped else [],
+        gid_mappings=[mapped.gids] if mapped else [],
         read_only=security.readonly_rootfs,
         devices=[validate.clean_path("devices.host_path", d.host_path) for d in config.devices],
         all_devices=security.privileged,
         seccomp_profile=seccomp.localhost_path(security),
+        cdi_devices=cdi.devices(config),
+        hook_facts=hook_facts(config, execution),
+        apparmor_profile=seclabels.apparmor_wanted(security, apparmor_default),
+        directories=image.volumes(execution),
+    )
+
+
+def hook_facts(config: api_pb2.ContainerConfig, execution: image.Execution) -> storage.HookFacts:
+    """What hooks of the node may be chosen by."""
+    return storage.HookFacts(
+        command=process.arguments(config, execution)[0],
+        annotations=dict(config.annotations),
+        bind_mounts=bool(config.mounts),
     )
 
 
@@ -52,10 +78,13 @@ def container_user(
     )
 
 
-def _mount_source(mount: api_pb2.Mount) -> storage.MountSource:
+def _mount_source(mount: api_pb2.Mount, image_id: str, mapped: userns.Mappings | None) -> storage.MountSource:
+    if image_id:
+        return storage.MountSource(path="", image_id=image_id, sub_path=mount.image_sub_path)
     if not mount.host_path:
         raise invalid(f"mounts: {mount.container_path!r} has no host_path")
     return storage.MountSource(
         path=validate.clean_path("mounts.host_path", mount.host_path),
         propagation=mounts.STORAGE_PROPAGATION[mounts.propagation(mount)],
+        idmap=userns.mapped(mount, mapped),
     )

@@ -29,6 +29,15 @@ def apparmor(inputs: SpecInputs, notes: Notes) -> str:
     return _apparmor_default(inputs, notes, explicit=profile is not None)
 
 
+def apparmor_wanted(context: api_pb2.LinuxContainerSecurityContext, default: str) -> str:
+    """The profile that must be loaded for this container, "" for none: what storage is to look for."""
+    profile = _apparmor_request(context) or _TYPE(profile_type=_TYPE.RuntimeDefault)
+    if profile.profile_type == _TYPE.Localhost:
+        return profile.localhost_ref.removeprefix(_LOCALHOST_PREFIX)
+    unconfined = profile.profile_type == _TYPE.Unconfined
+    return "" if unconfined or context.privileged else default
+
+
 def _apparmor_request(context: api_pb2.LinuxContainerSecurityContext) -> api_pb2.SecurityProfile | None:
     """The profile asked for, in the new field or the deprecated one; None if neither is set."""
     if context.HasField("apparmor"):
@@ -49,12 +58,16 @@ def _apparmor_named(reference: str, inputs: SpecInputs) -> str:
         raise invalid(f"apparmor: {reference!r} is not the name of a profile")
     if not inputs.host.apparmor:
         raise precondition(f"apparmor: profile {name!r} cannot be used, this node has no AppArmor")
+    if not inputs.rootfs.apparmor_loaded:
+        raise precondition(f"apparmor: profile {name!r} is not loaded on this node")
     return name
 
 
 def _apparmor_default(inputs: SpecInputs, notes: Notes, *, explicit: bool) -> str:
-    if not inputs.host.apparmor or inputs.apparmor_default:
-        return inputs.apparmor_default if inputs.host.apparmor else ""
+    if not inputs.host.apparmor:
+        return ""
+    if inputs.rootfs.apparmor_loaded:
+        return inputs.apparmor_default
     if explicit:
         raise precondition("apparmor: RuntimeDefault cannot be used, its profile is not loaded on this node")
     notes.add("no AppArmor profile: the default one is not loaded on this node")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ipc.cri import api_pb2
 from ipc.errors import Code, RemoteError, invalid
 
+from . import userns
+
 MAX_LABEL_BYTES = 4096
 MAX_NAME_BYTES = 1024
 MAX_ID = 2**32 - 2  # the last uid and gid: 2**32-1 means "no change" to the kernel
@@ -21,7 +23,6 @@ MAX_ID = 2**32 - 2  # the last uid and gid: 2**32-1 means "no change" to the ker
 #: A cpuset list, "0-3,8"; the kernel says the rest
 _CPUSET = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*\Z")
 _PAGE_SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)\Z")
-_CDI_ANNOTATION = "cdi.k8s.io/"
 
 
 @dataclass(frozen=True)
@@ -35,38 +36,40 @@ class Refusal:
     code: Code = Code.UNIMPLEMENTED
 
 
-def _userns(options: api_pb2.NamespaceOption) -> bool:
-    wants = api_pb2.NamespaceMode.Name(options.userns_options.mode) if _has_userns(options) else "NODE"
-    return wants != "NODE"
-
-
-def _has_userns(options: api_pb2.NamespaceOption) -> bool:
-    return options.HasField("userns_options")
+def _bad_sub_path(mount: api_pb2.Mount) -> bool:
+    path = mount.image_sub_path
+    return bool(path) and (not mount.HasField("image") or "\0" in path or ".." in path.split("/"))
 
 
 #: What is refused of a container; the field names are the proto's.
 REFUSED: tuple[Refusal, ...] = (
-    Refusal("CDI_devices", lambda c: bool(c.CDI_devices), "CDI devices are not supported"),
     Refusal(
-        "annotations",
-        lambda c: any(key.startswith(_CDI_ANNOTATION) for key in c.annotations),
-        "CDI devices are not supported, neither by annotation",
+        "mounts.image",
+        lambda c: any(m.HasField("image") and not m.readonly for m in c.mounts),
+        "an image volume can only be mounted readonly",
+        reason="ImageVolumeMountFailed",
+        code=Code.INVALID_ARGUMENT,
     ),
     Refusal(
         "mounts.image",
-        lambda c: any(m.HasField("image") or m.image_sub_path for m in c.mounts),
-        "image volumes are not supported",
+        lambda c: any(m.HasField("image") and m.host_path for m in c.mounts),
+        "a mount has either an image or a host_path",
         reason="ImageVolumeMountFailed",
+        code=Code.INVALID_ARGUMENT,
     ),
     Refusal(
-        "mounts.uidMappings",
-        lambda c: any(m.uidMappings or m.gidMappings for m in c.mounts),
-        "id-mapped mounts are not supported",
+        "mounts.image",
+        lambda c: any(m.HasField("image") and m.propagation for m in c.mounts),
+        "an image volume has private propagation: nothing can be mounted in it",
+        reason="ImageVolumeMountFailed",
+        code=Code.INVALID_ARGUMENT,
     ),
     Refusal(
-        "linux.security_context.namespace_options.userns_options",
-        lambda c: _userns(c.linux.security_context.namespace_options),
-        "user namespaces are not supported",
+        "mounts.image_sub_path",
+        lambda c: any(_bad_sub_path(m) for m in c.mounts),
+        "it needs an image, and is a path inside it without '..'",
+        reason="ImageVolumeMountFailed",
+        code=Code.INVALID_ARGUMENT,
     ),
     Refusal(
         "windows",
@@ -88,6 +91,7 @@ def container(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig
     _profiles(config.linux.security_context)
     _privilege(config.linux.security_context, sandbox.linux.security_context)
     _modes(config.linux.security_context.namespace_options)
+    userns.check_container(config, sandbox)
     texts("command and args", [*config.command, *config.args])
     texts("annotations", [*config.annotations, *config.annotations.values()])
 
@@ -105,9 +109,8 @@ def pod(config: api_pb2.PodSandboxConfig) -> None:
     _cgroup_parent(config.linux.cgroup_parent)
     texts("annotations", [*config.annotations, *config.annotations.values()])
     options = config.linux.security_context.namespace_options
-    if _userns(options):
-        raise RemoteError(Code.UNIMPLEMENTED, "userns_options: user namespaces are not supported")
     _modes(options)
+    userns.of_pod(config)
     if options.pid == api_pb2.TARGET:
         raise invalid("namespace_options.pid TARGET is for containers, a pod sandbox has none to join")
 
