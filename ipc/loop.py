@@ -20,6 +20,8 @@ from collections.abc import Callable
 Callback = Callable[[], object]
 ExitCallback = Callable[[int], object]
 
+LONGEST_WAIT = 24 * 3600.0  # seconds; epoll_wait(2) counts milliseconds in an int, which 25 days overflow
+
 
 class Timer:
     """A call that will be made, unless cancelled."""
@@ -178,7 +180,7 @@ class Loop:
             return 0.0
         if not self._timers:
             return timeout
-        due = max(0.0, self._timers[0][0] - self.time())
+        due = min(max(0.0, self._timers[0][0] - self.time()), LONGEST_WAIT)
         return due if timeout is None else min(due, timeout)
 
     def _fire_timers(self) -> None:

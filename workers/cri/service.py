@@ -34,6 +34,7 @@ from workers.cri.watch import Watcher
 
 #: Seconds on top of an exec's own timeout for the monitor to kill it and answer.
 EXEC_MARGIN = 15.0
+MAX_EXEC = 10 * 365 * 24 * 3600  # seconds; a larger timeout means none, and would not fit into a message
 UNLIMITED = 365 * 24 * 3600.0
 PROGRESS_INTERVAL = 0.2
 
@@ -151,7 +152,7 @@ class Service:
         """Run a command to its end. DEADLINE_EXCEEDED when its timeout ends: kubelets' probes know that."""
         container = self.containers.need_running(request.container_id)
         process = exec_process(self.node.store.spec(container.id), request.cmd)
-        seconds = max(0, request.timeout)
+        seconds = min(max(0, request.timeout), MAX_EXEC)
         asked = monitor.ExecSync(process=process, timeout_ms=seconds * 1000)
         timeout = rpc.timeout(seconds + EXEC_MARGIN if seconds else UNLIMITED)
         done = await self.node.peers.monitor(container.id).call(asked, timeout=timeout)

@@ -374,6 +374,9 @@ def test_exec_answers_output_and_code_and_tells_timeouts() -> None:
         assert (answer.stdout, answer.stderr, answer.exit_code) == (b"echo x", b"e", 3)
         slow = pb.ExecSyncRequest(container_id=container_id, cmd=["sleep", "9"], timeout=1)
         assert await code_of(worker.runtime.ExecSync(slow)) == grpc.StatusCode.DEADLINE_EXCEEDED
+        for odd in (-1, 2**63 - 1):
+            patient = pb.ExecSyncRequest(container_id=container_id, cmd=["echo", "x"], timeout=odd)
+            assert (await worker.runtime.ExecSync(patient)).exit_code == 3
         empty = pb.ExecSyncRequest(container_id=container_id)
         assert await code_of(worker.runtime.ExecSync(empty)) == grpc.StatusCode.INVALID_ARGUMENT
         await worker.stop_container(container_id)
