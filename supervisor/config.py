@@ -13,15 +13,18 @@ import contextlib
 import dataclasses
 import os
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ipc.capabilities import NAMES as CAPABILITIES
 from supervisor.files import find_program
 
 #: A check returns "" or what is wrong with the value, as the end of a sentence.
 Check = Callable[[Any], str]
 
+LARGEST = 2**53  # what a float still tells apart from its neighbours
 LEVELS = ("debug", "info", "warning", "error")
 CGROUP_MANAGERS = ("auto", "systemd", "cgroupfs")
 RUNTIME_NAMES = ("crun", "runc")
@@ -44,6 +47,8 @@ def absolute(value: str) -> str:
     """Check: an absolute path without `..`."""
     if not value.startswith("/"):
         return "must be an absolute path"
+    if not value.isprintable():
+        return "must not contain control characters"
     return "must not contain '..'" if ".." in value.split("/") else ""
 
 
@@ -63,8 +68,10 @@ def one_of(*words: str) -> Check:
 
 
 def at_least(low: float) -> Check:
-    """Check: not below `low`."""
-    return lambda value: "" if value >= low else f"must be at least {low:g}"
+    """Check: not below `low`, and a number that can be counted with."""
+    return lambda value: (
+        "must be less" if value > LARGEST else "" if value >= low else f"must be at least {low}"
+    )
 
 
 def between(low: int, high: int) -> Check:
@@ -87,12 +94,37 @@ def user(value: str | int) -> str:
     return "" if re.fullmatch(r"|[A-Za-z_][A-Za-z0-9_.-]*\$?", value) else "must be a user name or a number"
 
 
-_CAPABILITY = matching(r"(CAP_)?[A-Z_]+", "a capability's name")
+def sysctls(values: dict[str, str]) -> str:
+    """Check: every key is of a namespace that a pod can have; the kernel knows which values it takes."""
+    wrong = next((name for name in values if not _SYSCTL.fullmatch(name)), "")
+    return f"has {wrong!r}, which is not of a network or IPC namespace" if wrong else ""
+
+
+def ulimits(values: list[str]) -> str:
+    """Check: every element is name=soft:hard, of a limit that exists, the soft one not above the hard one."""
+    return _ULIMIT_FORM(values) or next((f"has {v!r}: {_ulimit(v)}" for v in values if _ulimit(v)), "")
+
+
+def _ulimit(text: str) -> str:
+    name, _, numbers = text.partition("=")
+    soft, _, hard = numbers.partition(":")
+    if not hasattr(resource, f"RLIMIT_{name.upper()}"):
+        return f"there is no limit {name}"
+    return "the soft limit is above the hard one" if _amount(soft) > _amount(hard or soft) else ""
+
+
+def _amount(text: str) -> int:
+    """-1 means no limit, as to setrlimit(2)."""
+    return int(text) % 2**64
+
+
+_CAPABILITY = matching(rf"(CAP_)?({'|'.join(CAPABILITIES)})", "a capability's name")
+_SYSCTL = re.compile(r"net[./][\w.*/-]+|kernel[./](shm|msg|sem)\w*|fs[./]mqueue[./]\w+")
 _ENV = matching(r"[^=\0]+=[^\0]*", "of the form NAME=VALUE")
 _ANNOTATION = matching(
     r"[A-Za-z0-9./_-]*\*|[A-Za-z0-9./_-]+", "an annotation's name, or its beginning and a *"
 )
-_ULIMIT = matching(r"[a-z]+=-?\d+(:-?\d+)?", "of the form name=soft:hard")
+_ULIMIT_FORM = matching(r"[a-z]+=(-1|\d+)(:(-1|\d+))?", "of the form name=soft:hard")
 
 
 @dataclass(frozen=True)
@@ -167,7 +199,7 @@ class UsersConfig:
 @dataclass(frozen=True)
 class TimeoutsConfig:
     container_create: float = key(240.0, "The OCI runtime's create.", at_least(1))
-    container_stop: float = key(30.0, "Grace of a stop whose request names none.", at_least(0))
+    container_stop: float = key(30.0, "How long a killed container may take to end.", at_least(0))
     pod_setup: float = key(300.0, "RunPodSandbox as a whole.", at_least(1))
     network_setup: float = key(240.0, "CNI ADD of all plugins.", at_least(1))
     network_teardown: float = key(60.0, "CNI DEL of all plugins.", at_least(1))
@@ -217,8 +249,8 @@ class ContainersConfig:
         _CAPABILITY,
     )
     default_env: list[str] = key([], "NAME=VALUE; image and pod override it.", _ENV)
-    default_sysctls: dict[str, str] = key({}, "For pods that have the sysctl's namespace to themselves.")
-    default_ulimits: list[str] = key([], 'Such as "nofile=1024:2048".', _ULIMIT)
+    default_sysctls: dict[str, str] = key({}, "For pods that have the sysctl's namespace to themselves.", sysctls)
+    default_ulimits: list[str] = key([], 'Such as "nofile=1024:2048".', ulimits)
     apparmor_profile: str = key("bulkhead-default", "AppArmor profile that RuntimeDefault means.")
     cdi_spec_dirs: list[str] = key(
         ["/etc/cdi", "/var/run/cdi"], "Directories of CDI specifications; later ones override.", absolute_list

@@ -64,7 +64,8 @@ class _Checker:
         check = declared.metadata["check"]
         wrong = check(value) if check is not None else ""
         if wrong:
-            self.fault(path, f"{'.'.join(path)} {wrong}, not {value!r}")
+            instead = "" if isinstance(value, list | dict) else f", not {value!r}"
+            self.fault(path, f"{'.'.join(path)} {wrong}{instead}")
 
     def typed(self, hint: Any, value: Any, path: KeyPath) -> bool:
         """Check the type; descend into tables. True if the value itself is still to be checked."""
@@ -79,12 +80,14 @@ class _Checker:
         return False
 
     def mapping(self, hint: Any, value: Mapping[str, Any], path: KeyPath) -> bool:
+        """Check every item; True if the mapping as a whole is still to be checked."""
+        before = len(self.faults)
         for name, item in value.items():
             if hint is RuntimeConfig and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 self.fault((*path, name), f"{name!r} cannot be a runtime's name")
-            elif self.typed(hint, item, (*path, name)):
-                continue
-        return False
+            else:
+                self.typed(hint, item, (*path, name))
+        return len(self.faults) == before
 
 
 def _is_a(hint: Any, value: Any) -> bool:

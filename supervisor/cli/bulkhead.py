@@ -14,6 +14,7 @@ from typing import Any
 
 from supervisor.config import LEVELS, Config
 from supervisor.configfile import MAIN_FILE, ConfigError, load
+from supervisor.settings import identities
 from supervisor.table import TABLE, Table
 
 VERSION = "1.37.0.dev0"
@@ -84,7 +85,9 @@ def _path(value: str | None) -> str | None:
 
 
 def _load(options: argparse.Namespace) -> Config:
-    return load(options.config, options.config_dir, flags_table(options))
+    config = load(options.config, options.config_dir, flags_table(options))
+    identities(config.users, options.table)
+    return config
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -156,8 +159,18 @@ def _free(config: Config, pid_file: str | None) -> bool:
         return False
     finally:
         locks.release()
-    if pid_file and os.path.lexists(pid_file):
-        os.unlink(pid_file)
+    return not pid_file or _free_pid_file(pid_file)
+
+
+def _free_pid_file(path: str) -> bool:
+    try:
+        if os.path.lexists(path):
+            os.unlink(path)
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        os.unlink(path)
+    except OSError as error:
+        print(f"bulkhead: {path}: a pid file cannot be made there: {error.strerror}", file=sys.stderr)
+        return False
     return True
 
 

@@ -96,7 +96,18 @@ def test_drop_ins_win_in_lexical_order_and_flags_win_over_all(etc: Path) -> None
             "[containers]\ndefault_sysctls = {a = 1}\n",
             "bulkhead.toml:2: containers.default_sysctls.a must be a string, not 1",
         ),
+        ("[containers]\ndefault_capabilities = ['FOO']\n", "has 'FOO', which is not a capability's name"),
+        ("[containers]\ndefault_sysctls = {a = '1'}\n", "bulkhead.toml:2: containers.default_sysctls has 'a'"),
+        ("[containers]\ndefault_sysctls = {'kernel.panic' = '1'}\n", "which is not of a network or IPC"),
+        ("[containers]\ndefault_ulimits = ['nofile']\n", "which is not of the form name=soft:hard"),
+        ("[containers]\ndefault_ulimits = ['nofile=2:1']\n", "the soft limit is above the hard one"),
+        ("[containers]\ndefault_ulimits = ['nofile=-1:1']\n", "the soft limit is above the hard one"),
+        ("[containers]\ndefault_ulimits = ['bogus=1']\n", "there is no limit bogus"),
         ("root = '/x'\nroot = '/y'\n", "bulkhead.toml:2: not TOML:"),
+        ('root = "/a\\u0000b"\n', "bulkhead.toml:1: root must not contain control characters"),
+        ("[timeouts]\nping = inf\n", "bulkhead.toml:2: timeouts.ping must be less, not inf"),
+        ("[timeouts]\nping = nan\n", "bulkhead.toml:2: timeouts.ping must be at least 0.1, not nan"),
+        ("[grpc]\nmax_message_bytes = 0\n", "grpc.max_message_bytes must be at least 4194304, not 0"),
         (
             "root = '/x'\nrun_root = '/x/y'\n",
             "bulkhead.toml:2: root and run_root must not lie in one another",
@@ -106,6 +117,18 @@ def test_drop_ins_win_in_lexical_order_and_flags_win_over_all(etc: Path) -> None
 )
 def test_a_fault_names_file_line_and_the_nearest_key(etc: Path, text: str, fault: str) -> None:
     assert fault in faults(etc, text)
+
+
+def test_defaults_for_containers_that_can_be_used_are_taken(tmp_path: Path) -> None:
+    text = (
+        "[containers]\n"
+        "default_capabilities = ['CAP_CHOWN', 'NET_RAW']\n"
+        "default_sysctls = {'net.ipv4.ping_group_range' = '0 0', 'kernel.shm_rmid_forced' = '1'}\n"
+        "default_ulimits = ['nofile=1024:-1', 'core=0']\n"
+    )
+    config = load(str(write(tmp_path, text)))
+    assert config.containers.default_ulimits == ["nofile=1024:-1", "core=0"]
+    assert len(config.containers.default_sysctls) == 2
 
 
 def test_every_fault_of_every_file_is_told(etc: Path) -> None:
@@ -153,9 +176,10 @@ def test_config_and_version_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["config", "--default"]) == 0
     assert "retries = 5" in capsys.readouterr().out
     assert main(["version"]) == 0
-    path.write_text("x = 1")
-    assert main(["config", "--config", str(path)]) == 2
-    assert "unknown key x" in capsys.readouterr().err
+    for text, fault in (("x = 1", "unknown key x"), ("[users]\ncri = 'nobody-at-all'", "there is no user")):
+        path.write_text(text)
+        assert main(["config", "--config", str(path)]) == 2
+        assert fault in capsys.readouterr().err
 
 
 # -- what workers are told -------------------------------------------------------------------------
