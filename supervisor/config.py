@@ -249,7 +249,9 @@ class ContainersConfig:
         _CAPABILITY,
     )
     default_env: list[str] = key([], "NAME=VALUE; image and pod override it.", _ENV)
-    default_sysctls: dict[str, str] = key({}, "For pods that have the sysctl's namespace to themselves.", sysctls)
+    default_sysctls: dict[str, str] = key(
+        {}, "For pods that have the sysctl's namespace to themselves.", sysctls
+    )
     default_ulimits: list[str] = key([], 'Such as "nofile=1024:2048".', ulimits)
     apparmor_profile: str = key("bulkhead-default", "AppArmor profile that RuntimeDefault means.")
     cdi_spec_dirs: list[str] = key(

@@ -440,3 +440,14 @@ def test_a_daemon_has_a_pid_file_and_refuses_a_second_one(tmp_path: Path) -> Non
             os.kill(pid, signal.SIGTERM)
         eventually(lambda: not pid_file.exists())
         assert "supervisor ends" in (instance.run_root / "bulkhead.log").read_text()
+
+
+def test_a_daemon_says_in_the_foreground_that_its_pid_file_cannot_be_made(tmp_path: Path) -> None:
+    with Instance(module="supervisor.cli.bulkhead") as instance:
+        command = [sys.executable, "-m", instance.module, "serve", *instance.arguments(), "--daemon"]
+        for place in (tmp_path / "absent" / "pid", tmp_path):
+            done = subprocess.run(
+                [*command, "--pid-file", str(place)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"bulkhead: {place}: a pid file cannot be made there")
