@@ -447,7 +447,11 @@ def test_a_daemon_says_in_the_foreground_that_its_pid_file_cannot_be_made(tmp_pa
         command = [sys.executable, "-m", instance.module, "serve", *instance.arguments(), "--daemon"]
         for place in (tmp_path / "absent" / "pid", tmp_path):
             done = subprocess.run(
-                [*command, "--pid-file", str(place)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+                [*command, "--pid-file", str(place)],
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == 1
             assert done.stderr.startswith(f"bulkhead: {place}: a pid file cannot be made there")

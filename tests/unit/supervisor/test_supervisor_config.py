@@ -97,7 +97,10 @@ def test_drop_ins_win_in_lexical_order_and_flags_win_over_all(etc: Path) -> None
             "bulkhead.toml:2: containers.default_sysctls.a must be a string, not 1",
         ),
         ("[containers]\ndefault_capabilities = ['FOO']\n", "has 'FOO', which is not a capability's name"),
-        ("[containers]\ndefault_sysctls = {a = '1'}\n", ":2: containers.default_sysctls has 'a', which is not"),
+        (
+            "[containers]\ndefault_sysctls = {a = '1'}\n",
+            ":2: containers.default_sysctls has 'a', which is not",
+        ),
         ("[containers]\ndefault_sysctls = {'kernel.panic' = '1'}\n", "which is not of a network or IPC"),
         ("[containers]\ndefault_ulimits = ['nofile']\n", "which is not of the form name=soft:hard"),
         ("[containers]\ndefault_ulimits = ['nofile=2:1']\n", "the soft limit is above the hard one"),
