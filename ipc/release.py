@@ -1,21 +1,32 @@
 """Runs in: every process.
 
-Which release this is.
+Which release this is. Reads it from the name of the distribution's directory, where importlib.metadata would
+load the standard library's mail, archive and random modules: two megabytes for a number.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import os
+import sys
 import tomllib
 from pathlib import Path
 
 DISTRIBUTION = "bulkhead-cri"
+_PREFIX, _SUFFIX = DISTRIBUTION.replace("-", "_") + "-", ".dist-info"
 
 
 def version() -> str:
     """The version of the installed distribution, in a clone that of its project file. Raises OSError."""
+    for directory in sys.path:
+        for name in _names(directory):
+            if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+                return name[len(_PREFIX) : -len(_SUFFIX)]
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+
+
+def _names(directory: str) -> list[str]:
     try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+        return os.listdir(directory or ".")
+    except OSError:  # sys.path may name what is not there, or an archive
+        return []

@@ -9,6 +9,7 @@ without asyncio stay small.
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import time
@@ -61,6 +62,8 @@ def main(module: WorkerModule, context: Context[Any], enter: Callable[[], Sandbo
     """A worker's life: prepare, shut the sandbox, run. Returns when the worker is to exit cleanly."""
     log.set_log(context.log)
     state = module.prepare(context)
+    gc.collect()
+    gc.freeze()  # what is loaded now stays: no collection looks at it again, in this process or its children
     context.report = enter()
     module.run(context, state)
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import glob
-import importlib.metadata
 import os
 import platform
-import tomllib
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +19,7 @@ import msgspec
 from ipc import aio
 from ipc.messages import control
 from ipc.messages.cri import InfoGet
+from ipc.release import version
 from ipc.settings import CriSettings
 from ipc.table import Handler, Handlers, table
 from workers import boot, boot_aio
@@ -32,7 +31,6 @@ from workers.cri.server import Handler as RpcHandler
 from workers.cri.service import Service
 from workers.cri.state import Store
 
-DISTRIBUTION = "bulkhead-cri"
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 STOP_GRACE = 5.0
 
@@ -94,16 +92,6 @@ def prepare(_context: boot.Context[CriSettings]) -> Prepared:
     with open(BOOT_ID, encoding="ascii") as file:
         boot_id = file.read().strip()
     return Prepared(boot_id=boot_id, node_name=platform.node(), version=version())
-
-
-def version() -> str:
-    """The version of this release: that of the installed distribution, else the clone's."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        with open(f"{root}/pyproject.toml", "rb") as file:
-            return str(tomllib.load(file)["project"]["version"])
 
 
 def run(context: boot.Context[CriSettings], prepared: Prepared) -> None:
