@@ -9,15 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.bench import exec_, log, memory, pods, pull
+from tests.bench.exec_ import measure as exec_
 from tests.bench.figures import Figure, show
+from tests.bench.log import measure as log
+from tests.bench.memory import measure as memory
+from tests.bench.pods import measure as pods
+from tests.bench.pull import measure as pull
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
-    "pods": pods.measure,
-    "exec": exec_.measure,
-    "log": log.measure,
-    "memory": memory.measure,
-    "pull": pull.measure,
+    "pods": pods,
+    "exec": exec_,
+    "log": log,
+    "memory": memory,
+    "pull": pull,
 }
 
 

@@ -116,8 +116,8 @@ def test_gc_runs_once_before_the_first_add_and_spares_every_pod(here: Node, clie
     (here.run_root / "net" / "gc.marks").unlink()  # as if it had never been done
     here.start()
     client.call(pod_setup("pod3"))
-    spared = [entry["containerID"] for entry in runs(here, "GC")[1]["cni.dev/valid-attachments"]]
-    assert sorted(spared) == ["pod0", "pod1", "pod2"]
+    standing = [{"containerID": f"pod{number}", "ifname": "eth0"} for number in range(3)]
+    assert runs(here, "GC")[1]["cni.dev/valid-attachments"] == standing
     for pod_id in ("pod0", "pod1", "pod2", "pod3"):
         client.call(network.PodTeardown(pod_id=pod_id))
 
