@@ -48,6 +48,8 @@ class Create(Request[Created]):
     cgroup_version: int = 2
     timeout_ms: int = 240_000
     runtime_args: list[str] = []
+    stdio_uid: int = 0  # owner of the pipes of its stdio and of its execs', in the host's ids: the process
+    stdio_gid: int = 0  # must be able to open /dev/stdout
     keep: bytes = b""  # the caller's own words, kept unread; empty: no file
 
 

@@ -22,7 +22,7 @@ from workers.cri.names import new_id
 from workers.cri.node import Node
 from workers.cri.operations import uncancelled
 from workers.cri.peers import SHORT, together, within
-from workers.cri.spec import Built, SpecInputs, build, validate
+from workers.cri.spec import Built, SpecInputs, build, userns, validate
 from workers.cri.spec import pod as podspec
 from workers.cri.spec import request as spec_request
 from workers.cri.state import HIDDEN, Container, ContainerRecord, Phase, Pod, container_name
@@ -50,6 +50,7 @@ class Containers:
     async def create(self, pod: Pod, config: pb.ContainerConfig) -> str:
         """Make a container and return its id; the same metadata again joins the first call or its result."""
         validate.container(config, pod.config)
+        self._node.runtime(config.image.runtime_handler)
         key = ("container.create", *container_name(pod.id, config))
         return await self._node.operations.run(key, lambda: self._create(pod, config))
 
@@ -95,6 +96,7 @@ class Containers:
             image_config=image.config,
             mount_images=container.record.mount_images,
             apparmor_default=self._node.settings.apparmor_profile,
+            selinux=(await self._node.host()).selinux,
         )
         rootfs: list[ContainerRootfs] = []
 
@@ -165,12 +167,15 @@ class Containers:
 
     async def _create_by_monitor(self, pod: Pod, container: Container, built: Built, timeout: float) -> None:
         runtime, config = self._node.runtime(pod.record.handler), container.config
+        owner = userns.stdio_owner(pod.config, container.record.uid, container.record.gid)
         request = monitor.Create(
             spec=built.spec,
             runtime_name=runtime.name,
             runtime_path=runtime.path,
             runtime_root=runtime.root,
             runtime_args=runtime.args,
+            stdio_uid=owner[0],
+            stdio_gid=owner[1],
             log_path=container.record.log_path,
             terminal=config.tty,
             stdin=config.stdin,

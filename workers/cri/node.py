@@ -8,6 +8,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from ipc.errors import invalid
+from ipc.messages.storage import IdmapProbe, IdmapSupport
 from ipc.messages.supervisor import HostInfo, HostInfoGet, RuntimeInfo
 from ipc.settings import CriSettings, Runtime
 from workers.cri.operations import Operations
@@ -25,6 +26,7 @@ class Node:
     node_name: str
     operations: Operations = field(default_factory=Operations)
     _host: HostInfo | None = None
+    _idmap: IdmapSupport | None = None
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def host(self, timeout: float = SHORT) -> HostInfo:
@@ -34,10 +36,16 @@ class Node:
                 self._host = await self.peers.supervisor.call(HostInfoGet(), timeout=timeout)
             return self._host
 
+    async def idmap(self, timeout: float = SHORT) -> IdmapSupport:
+        """Whether this node can have pods with a user namespace. Raises RemoteError if storage is silent."""
+        if self._idmap is None:
+            self._idmap = await self.peers.storage.call(IdmapProbe(), timeout=timeout)
+        return self._idmap
+
     def reload(self, settings: CriSettings) -> None:
         """The configuration changed; the facts of the host may name other runtimes."""
         self.settings = settings
-        self._host = None
+        self._host = self._idmap = None
 
     def runtime(self, handler: str) -> Runtime:
         """The configured runtime of a CRI runtime handler, "" being the default one.

@@ -22,7 +22,7 @@ from workers.cri.node import Node
 from workers.cri.operations import Key, uncancelled
 from workers.cri.peers import SHORT, settle_all, together, within
 from workers.cri.spec import pod as podspec
-from workers.cri.spec import validate
+from workers.cri.spec import userns, validate
 from workers.cri.state import Phase, Pod, PodRecord, pod_name
 
 #: Seconds between attempts to remove what is left of a pod: doubled up to the second number, for ever.
@@ -54,6 +54,8 @@ class Pods:
         """Make a pod and return its id; the same metadata again joins the first call or gets its pod."""
         self._check(config)
         self._node.runtime(handler)
+        if userns.of_pod(config):
+            await self._need_user_namespaces(handler)
         key = ("pod.run", *pod_name(config))
         return await self._node.operations.run(key, lambda: self._run(config, handler))
 
@@ -63,6 +65,14 @@ class Pods:
         any_id = new_id()
         podspec.network_setup(any_id, config, default_sysctls=self._node.settings.default_sysctls)
         podspec.storage_setup(any_id, config, node_name=self._node.node_name)
+
+    async def _need_user_namespaces(self, handler: str) -> None:
+        support = await self._node.idmap()
+        if not support.supported:
+            raise precondition(f"this node cannot have pods with a user namespace: {support.why}")
+        runtime = await self._node.runtime_info(handler)
+        if not runtime.user_namespaces:
+            raise precondition(f"runtime handler {runtime.name!r} cannot join a user namespace")
 
     async def _run(self, config: pb.PodSandboxConfig, handler: str) -> str:
         twin = self._store.pod_named(pod_name(config))
@@ -110,7 +120,11 @@ class Pods:
         pod.record.cni_result = answer.cni_result
 
     async def _start_init(self, pod: Pod) -> None:
-        request = supervisor.InitStart(pod_id=pod.id, cgroup_parent=self._cgroup_parent(pod))
+        request = supervisor.InitStart(
+            pod_id=pod.id,
+            cgroup_parent=self._cgroup_parent(pod),
+            user_namespace="user" in pod.record.namespaces,
+        )
         answer = await self._node.peers.supervisor.call(request, timeout=SHORT)
         pod.record.init_pid = answer.pid
         pod.record.namespaces = {**pod.record.namespaces, "pid": answer.pid_namespace}

@@ -42,13 +42,17 @@ def runtime_config(settings: CriSettings) -> pb.RuntimeConfigResponse:
 
 async def status(node: Node, *, verbose: bool) -> pb.StatusResponse:
     """Status: what is wrong is said with the process that is to blame."""
-    runtime, network_, host = await asyncio.gather(
-        _runtime_condition(node), _network_condition(node), _host(node)
+    runtime, network_, host, idmap = await asyncio.gather(
+        _runtime_condition(node), _network_condition(node), _host(node), _idmap(node)
     )
+    handlers = runtime_handlers(node.settings, host, idmap=idmap)
+    host_network = any(handler.features.user_namespaces for handler in handlers)
     answer = pb.StatusResponse(
         status=pb.RuntimeStatus(conditions=[runtime, network_]),
-        runtime_handlers=runtime_handlers(node.settings, host),
-        features=pb.RuntimeFeatures(supplemental_groups_policy=True, mount_options=True),
+        runtime_handlers=handlers,
+        features=pb.RuntimeFeatures(
+            supplemental_groups_policy=True, mount_options=True, user_namespaces_host_network=host_network
+        ),
     )
     if verbose:
         answer.info.update(_info(node.settings, host))
@@ -94,18 +98,27 @@ async def _host(node: Node) -> HostInfo | None:
         return None  # RuntimeReady says it
 
 
-def runtime_handlers(settings: CriSettings, host: HostInfo | None) -> list[pb.RuntimeHandler]:
+async def _idmap(node: Node) -> bool:
+    try:
+        return (await node.idmap(STATUS_TIMEOUT)).supported
+    except RemoteError:
+        return False  # not claimed while nobody can tell
+
+
+def runtime_handlers(settings: CriSettings, host: HostInfo | None, *, idmap: bool) -> list[pb.RuntimeHandler]:
     """Every configured handler with its features, the default one under "" too."""
     known = {} if host is None else {info.name: info for info in host.runtimes}
-    handlers = [_handler(r.name, known.get(r.name)) for r in settings.runtimes]
+    handlers = [_handler(r.name, known.get(r.name), idmap=idmap) for r in settings.runtimes]
     if settings.default_runtime:
-        handlers.insert(0, _handler("", known.get(settings.default_runtime)))
+        handlers.insert(0, _handler("", known.get(settings.default_runtime), idmap=idmap))
     return handlers
 
 
-def _handler(name: str, info: RuntimeInfo | None) -> pb.RuntimeHandler:
-    recursive = info is not None and info.recursive_read_only
-    features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=recursive, user_namespaces=False)
+def _handler(name: str, info: RuntimeInfo | None, *, idmap: bool) -> pb.RuntimeHandler:
+    features = pb.RuntimeHandlerFeatures(
+        recursive_read_only_mounts=info is not None and info.recursive_read_only,
+        user_namespaces=info is not None and info.user_namespaces and idmap,
+    )
     return pb.RuntimeHandler(name=name, features=features)
 
 

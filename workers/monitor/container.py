@@ -38,7 +38,7 @@ from workers.monitor.log import Clock, LogFile
 from workers.monitor.oom import OomWatch
 from workers.monitor.reaper import exit_code
 from workers.monitor.runtime import Launcher, Outcome, Runtime, start_exit_code
-from workers.monitor.stdio import LoggedStream, Source
+from workers.monitor.stdio import LoggedStream, Owner, Source
 from workers.monitor.stopping import Stopper
 
 KILL_TIMEOUT = 10.0  # seconds for the runtime's `kill`, where it must be asked
@@ -429,6 +429,12 @@ class Container:
             raise precondition(f"exec: {error}") from error
         self._execs[number] = running
         return running
+
+    @property
+    def stdio_owner(self) -> Owner:
+        """Who must be able to open the container's streams again."""
+        assert self._request is not None
+        return self._request.stdio_uid, self._request.stdio_gid
 
     def pids(self) -> list[int]:
         """Every process that may be the container's."""

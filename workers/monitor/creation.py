@@ -18,7 +18,7 @@ from ipc.messages.monitor import Create
 from workers.monitor.console import ConsoleSocket
 from workers.monitor.records import write_file
 from workers.monitor.runtime import Launcher, Outcome, Runtime, Streams, read_pid
-from workers.monitor.stdio import make_pipe
+from workers.monitor.stdio import Owner, make_pipe
 
 BUNDLE = "bundle"
 PID_FILE = "pid"
@@ -88,7 +88,7 @@ class Creation:
         theirs: list[int] = []
         self._launcher.reaper.expect()
         try:
-            streams = Streams() if request.terminal else self._pipes(theirs, stdin=request.stdin)
+            streams = Streams() if request.terminal else self._pipes(theirs, request)
             self._launcher.call(argv, self._ended, timeout=request.timeout_ms / 1000, streams=streams)
         except BaseException:
             self._launcher.reaper.expected()
@@ -96,16 +96,18 @@ class Creation:
         finally:
             close_all(theirs)
 
-    def _pipes(self, theirs: list[int], *, stdin: bool) -> Streams:
+    def _pipes(self, theirs: list[int], request: Create) -> Streams:
+        owner = (request.stdio_uid, request.stdio_gid)
         for name in ("stdout", "stderr"):
-            read_fd, write_fd = make_pipe(self._pipe_bytes)
+            read_fd, write_fd = make_pipe(self._pipe_bytes, owner)
             self._born.outputs.append((name, read_fd))
             theirs.append(write_fd)
         stdout, stderr = theirs
-        return Streams(self._stdin_pipe(theirs) if stdin else None, stdout, stderr)
+        return Streams(self._stdin_pipe(theirs, owner) if request.stdin else None, stdout, stderr)
 
-    def _stdin_pipe(self, theirs: list[int]) -> int:
+    def _stdin_pipe(self, theirs: list[int], owner: Owner) -> int:
         read_fd, self._born.stdin_fd = os.pipe2(os.O_CLOEXEC)
+        os.fchown(read_fd, *owner)
         os.set_blocking(self._born.stdin_fd, False)
         theirs.append(read_fd)
         return read_fd

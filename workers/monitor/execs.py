@@ -20,7 +20,7 @@ from ipc.messages.monitor import ExecDone, ExecSync
 from workers.monitor import procfs
 from workers.monitor.reaper import exit_code
 from workers.monitor.runtime import FIRST_EXTRA_FD, Launcher, Outcome, Runtime, Streams, read_pid
-from workers.monitor.stdio import Drain, Source, make_pipe
+from workers.monitor.stdio import Drain, Owner, Source, make_pipe
 
 LIMIT = 16 * 1024 * 1024  # bytes of one stream, whatever the caller wants
 RUNTIME_TIMEOUT = 120.0  # seconds that the runtime's own part of an exec may take
@@ -34,6 +34,10 @@ class Surroundings(Protocol):
     directory: str
     runtime: Runtime
     launcher: Launcher
+
+    @property
+    def stdio_owner(self) -> Owner:
+        """Who must be able to open its streams again."""
 
     def pids(self) -> list[int]:
         """Every process that may belong to the container."""
@@ -102,7 +106,7 @@ class Exec:
         fds = [sealed_memfd("process", process)]
         try:
             for output in self._outputs:
-                read_fd, write_fd = make_pipe()
+                read_fd, write_fd = make_pipe(owner=self._container.stdio_owner)
                 fds.append(write_fd)
                 self._pipes.add(f"pipe:[{os.fstat(read_fd).st_ino}]")
                 self._sources.append(Source(self._loop, read_fd, output.take, self._source_ended))

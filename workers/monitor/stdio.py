@@ -27,9 +27,18 @@ _INT = struct.Struct("i")
 Take = Callable[[bytes, bool], object]
 
 
-def make_pipe(size: int = PIPE_BYTES) -> tuple[int, int]:
-    """Return (read end, write end), close-on-exec, of `size` where the kernel allows. Raises OSError."""
+#: uid and gid on the host.
+Owner = tuple[int, int]
+
+
+def make_pipe(size: int = PIPE_BYTES, owner: Owner = (0, 0)) -> tuple[int, int]:
+    """Return (read end, write end), close-on-exec, of `size` where the kernel allows. Raises OSError.
+
+    `owner` may open it again by /dev/stdout. Runtimes see to that, but not each of them in every case.
+    """
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    if owner != (0, 0):
+        os.fchown(write_fd, *owner)
     os.set_blocking(read_fd, False)
     with contextlib.suppress(PermissionError):  # over pipe-max-size or the user's share: the default serves
         fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, size)

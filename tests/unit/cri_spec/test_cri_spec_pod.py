@@ -190,18 +190,6 @@ def test_odd_sandbox_is_refused(config: api_pb2.PodSandboxConfig) -> None:
     assert refused.value.code is Code.INVALID_ARGUMENT
 
 
-def test_user_namespace_of_a_pod_is_refused_and_the_nodes_is_not() -> None:
-    for mode, refused in ((api_pb2.POD, True), (api_pb2.NODE, False)):
-        options = Options(userns_options=api_pb2.UserNamespace(mode=mode))
-        config = make.sandbox(SandboxSecurity(namespace_options=options))
-        if not refused:
-            validate.pod(config)
-            continue
-        with pytest.raises(RemoteError) as caught:
-            validate.pod(config)
-        assert caught.value.code is Code.UNIMPLEMENTED
-
-
 def test_ordinary_sandbox_passes() -> None:
     validate.pod(make.sandbox(log_directory="/var/log/pods/a", labels={"k": "v" * 4095}))
 
@@ -232,14 +220,6 @@ def image_mount(**fields: Any) -> api_pb2.Mount:
         (make.container(mounts=[image_mount(image_sub_path="a/../../b")]), Code.INVALID_ARGUMENT),
         (make.container(mounts=[image_mount(image_sub_path="a\0b")]), Code.INVALID_ARGUMENT),
         (make.container(mounts=[api_pb2.Mount(image_sub_path="x")]), Code.INVALID_ARGUMENT),
-        (
-            make.container(mounts=[api_pb2.Mount(uidMappings=[api_pb2.IDMapping(length=1)])]),
-            Code.UNIMPLEMENTED,
-        ),
-        (
-            make.container(Security(namespace_options=Options(userns_options=api_pb2.UserNamespace()))),
-            Code.UNIMPLEMENTED,
-        ),
         (make.container(windows=api_pb2.WindowsContainerConfig()), Code.INVALID_ARGUMENT),
         (make.container(Security(run_as_group=api_pb2.Int64Value(value=1))), Code.INVALID_ARGUMENT),
         (
@@ -399,8 +379,8 @@ ACCOUNTED: dict[str, dict[str, str]] = {
         "readonly": "mounts",
         "selinux_relabel": "noted",
         "propagation": "mounts",
-        "uidMappings": "refused",
-        "gidMappings": "refused",
+        "uidMappings": "userns",
+        "gidMappings": "userns",
         "recursive_read_only": "mounts",
         "image": "refused",
         "image_sub_path": "refused",
@@ -411,7 +391,7 @@ ACCOUNTED: dict[str, dict[str, str]] = {
         "pid": "linux",
         "ipc": "linux",
         "target_id": "linux",
-        "userns_options": "refused",
+        "userns_options": "userns",
     },
     "Device": {"container_path": "devices", "host_path": "devices", "permissions": "devices"},
     "Capability": {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ipc import userns
 from ipc.cri import api_pb2
 from ipc.errors import invalid
 from ipc.messages import IdMapping
@@ -87,6 +88,17 @@ def _one(what: str, asked: Sequence[api_pb2.IDMapping]) -> IdMapping:
 
 def _ranges(asked: Iterable[api_pb2.IDMapping]) -> list[IdMapping]:
     return [IdMapping(container_id=m.container_id, host_id=m.host_id, length=m.length) for m in asked]
+
+
+def stdio_owner(config: api_pb2.PodSandboxConfig, uid: int, gid: int) -> tuple[int, int]:
+    """The host's ids of a container's user. Raises RemoteError(INVALID_ARGUMENT) if they have none."""
+    pods = of_pod(config)
+    if pods is None:
+        return uid, gid
+    try:
+        return userns.on_host([pods.uids], uid), userns.on_host([pods.gids], gid)
+    except LookupError as error:
+        raise invalid(f"id {error} is not in the pod's user namespace") from None
 
 
 def oci(found: IdMapping) -> dict[str, int]:
