@@ -267,14 +267,8 @@ class Containers:
     async def _start_failed(self, container: Container, error: RemoteError) -> None:
         """The runtime could not start it: it has ended. A monitor that is only lost decides by itself."""
         if error.code not in {Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED}:
-            exit_ = ExitRecord(
-                container_id=container.id,
-                exit_code=START_FAILED,
-                finished_at_ns=time.time_ns(),
-                reason="StartError",
-                message=error.text,
-            )
-            self._watcher.record(container, exit_)
+            exit_ = self._watcher.read_record(container.id)  # its code tells why, as a shell's would
+            self._watcher.record(container, exit_ or start_failure(container, error))
             self._node.operations.background(f"end monitor {container.id}", self._end_monitor(container))
         self._store.end(container.id, "container.start")
 
@@ -393,6 +387,17 @@ class Containers:
         """Let the monitor reopen the log file after a rotation."""
         container = self.need_running(text)
         await self._node.peers.monitor(container.id).call(monitor.LogReopen(), timeout=timeout)
+
+
+def start_failure(container: Container, error: RemoteError) -> ExitRecord:
+    """The record of a container that could not be started and whose monitor left none."""
+    return ExitRecord(
+        container_id=container.id,
+        exit_code=START_FAILED,
+        finished_at_ns=time.time_ns(),
+        reason="StartError",
+        message=error.text,
+    )
 
 
 def shown_image(asked: pb.ImageSpec, image: ImageRecord) -> str:

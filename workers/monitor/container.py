@@ -37,11 +37,12 @@ from workers.monitor.execs import Exec
 from workers.monitor.log import Clock, LogFile
 from workers.monitor.oom import OomWatch
 from workers.monitor.reaper import exit_code
-from workers.monitor.runtime import Launcher, Outcome, Runtime, start_exit_code
+from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, start_exit_code
 from workers.monitor.stdio import LoggedStream, Owner, Source
 from workers.monitor.stopping import Stopper
 
 KILL_TIMEOUT = 10.0  # seconds for the runtime's `kill`, where it must be asked
+START_PATIENCE = 3.0  # seconds for the runtime's word on a start whose init has ended
 UNKNOWN = -1  # exit code of an init that was never our child
 
 Answer = Callable[[Body | RemoteError], object]
@@ -103,7 +104,9 @@ class Container:
         self._exec_count = 0
         self._created_ns = self._started_ns = self._finished_ns = 0
         self._code: int | None = None  # of the init, once reaped
+        self._start_call: Invocation | None = None
         self._start_error: RemoteError | None = None
+        self._start_given_up = False
         self._record: ExitRecord | None = None
         self._unwanted = False  # to be ended as soon as it is created
         self._creators: list[Answer] = []
@@ -233,7 +236,7 @@ class Container:
 
     def _start(self, request: Start, answer: Answer) -> None:
         now = time.time_ns()
-        self.launcher.call(
+        self._start_call = self.launcher.call(
             self.runtime.argv("start", self.container_id),
             lambda outcome: self._started(now, outcome),
             timeout=request.timeout_ms / 1000,
@@ -252,7 +255,15 @@ class Container:
         self._answer_all(self._starters, Started(started_at_ns=at_ns))
         self._end_if_ended()
 
+    def _give_up_start(self) -> None:
+        """End a runtime that waits, on the other side of a FIFO, for an init that was killed before."""
+        if self.status is Status.STARTING and self._start_call is not None:
+            self._start_given_up = True
+            self._start_call.kill()
+
     def _not_started(self, error: RemoteError) -> None:
+        if self._start_given_up:
+            error = precondition("start: the container was ended before its command could be executed")
         self._log.warning("container not started", error=error.text)
         self._start_error = error
         self.status = Status.CREATED
@@ -339,7 +350,9 @@ class Container:
         self._finished_ns = time.time_ns()
         self._code = code
         self._stopper.ended()
-        if self.status is not Status.STARTING:  # else the runtime's word on the start comes first
+        if self.status is Status.STARTING:  # the runtime's word on the start comes first
+            self._loop.call_later(START_PATIENCE, self._give_up_start)
+        else:
             self._end_if_ended()
 
     def _end_if_ended(self) -> None:
@@ -375,7 +388,7 @@ class Container:
         message = (
             "" if self._code is not None else "the exit code is unknown: the init was no child of the monitor"
         )
-        if self._start_error is not None:
+        if self._start_error is not None and not self._start_given_up:
             code, reason = start_exit_code(self._start_error.text), records.START_ERROR
             message = self._start_error.text
         return ExitRecord(

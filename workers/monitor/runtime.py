@@ -240,6 +240,10 @@ class Invocation:
 
     def _expired(self) -> None:
         self._timed_out = True
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL the call and what it started; `done` is told as of any end."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 

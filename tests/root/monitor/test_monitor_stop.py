@@ -123,6 +123,36 @@ def test_a_stop_goes_on_when_its_caller_is_gone(mon: MonitorProcess) -> None:
     assert mon.wait().signal == signal.SIGKILL
 
 
+def test_a_stop_ends_a_start_whose_runtime_waits_for_the_dead_init(
+    mon: MonitorProcess, tmp_path: Path
+) -> None:
+    # crun and runc open the FIFO that the init reads; when it is killed just before, nobody ever will.
+    runtime = tmp_path / "waiting"
+    runtime.write_text(
+        '#!/bin/sh\ncase " $* " in *" start "*) exec sleep 600;; esac\n' + f'exec {mon.runtime} "$@"\n'
+    )
+    runtime.chmod(0o755)
+    mon.create("sleep", "100", runtime_path=str(runtime))
+    told: list[RemoteError] = []
+
+    def start() -> None:
+        with pytest.raises(RemoteError) as caught:
+            mon.client().call(messages.Start())
+        told.append(caught.value)
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    until(lambda: mon.state().starting)
+    since = time.monotonic()
+    record = mon.stop(grace_ms=0)
+    assert time.monotonic() - since < 10
+    assert (record.exit_code, record.signal, record.started_at_ns) == (137, signal.SIGKILL, 0)
+    assert record.reason != "StartError"
+    starter.join()
+    assert told[0].code is Code.FAILED_PRECONDITION
+    assert "ended before its command" in told[0].text
+
+
 @pytest.mark.parametrize("grace_ms", [0, 300])
 def test_a_frozen_container_is_stopped(mon: MonitorProcess, grace_ms: int) -> None:
     mon.run("sleep", "100")
