@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ import pytest
 from ipc.cri import api_pb2 as pb
 from ipc.errors import Code, RemoteError, internal, invalid, unavailable
 from ipc.messages import monitor, network, storage, supervisor
+from ipc.messages.monitor import ExitRecord
 from tests.support.cri_world import (
     IMAGE_ID,
     Worker,
@@ -276,6 +278,26 @@ def test_a_container_that_cannot_start_has_ended_and_says_why() -> None:
         status = (await worker.status_of(container_id)).status
         assert (status.exit_code, status.reason, status.message) == (128, "StartError", "exec: no such file")
         await eventually(lambda: not world.monitors[container_id].alive)
+
+    play(scenario)
+
+
+def test_of_a_failed_start_the_monitors_own_record_counts() -> None:
+    async def scenario(world: World, worker: Worker) -> None:
+        container_id = await worker.create(await worker.run_pod())
+        record = ExitRecord(
+            container_id=container_id, exit_code=127, finished_at_ns=5, reason="StartError", message="not found"
+        )
+
+        async def recorded(_call: Any) -> None:
+            path = f"{worker.node.settings.monitor_directory(container_id)}/exit.json"
+            await asyncio.to_thread(Path(path).write_bytes, msgspec.json.encode(record))
+            raise RemoteError(Code.INVALID_ARGUMENT, "start: not found")
+
+        world.fail(monitor.Start, recorded)
+        assert await code_of(worker.start_container(container_id)) == grpc.StatusCode.INVALID_ARGUMENT
+        status = (await worker.status_of(container_id)).status
+        assert (status.exit_code, status.reason, status.finished_at) == (127, "StartError", 5)
 
     play(scenario)
 
