@@ -30,6 +30,7 @@ from workers.cri.pull import Pulls
 from workers.cri.server import Rpc
 from workers.cri.spec import exec_process
 from workers.cri.state import HIDDEN
+from workers.cri.updates import Updates
 from workers.cri.watch import Watcher
 
 #: Seconds on top of an exec's own timeout for the monitor to kill it and answer.
@@ -50,6 +51,7 @@ class Service:
         self.pulls = Pulls(node, self.images)
         self.containers = Containers(node, self.images, self.watcher)
         self.pods = Pods(node, self.containers.kill, self.containers.remove)
+        self.updates = Updates(node, self.containers, self.pods)
         self._version = version
 
     # -- the runtime ----------------------------------------------------------------------------------
@@ -95,7 +97,17 @@ class Service:
         pod = self.node.store.need_pod(request.pod_sandbox_id)
         if pod.phase in HIDDEN:
             raise RemoteError(Code.NOT_FOUND, f"pod sandbox {pod.id} is being made or removed")
-        return views.pod_status(pod, verbose=request.verbose)
+        answer = views.pod_status(pod, verbose=request.verbose)
+        for container in self.node.store.containers_of(pod.id):
+            if container.phase not in HIDDEN:
+                answer.containers_statuses.append(views.container_status(container, None).status)
+        return answer
+
+    async def update_pod_sandbox_resources(
+        self, _rpc: Rpc, request: pb.UpdatePodSandboxResourcesRequest
+    ) -> pb.UpdatePodSandboxResourcesResponse:
+        await self.updates.pod(request)
+        return pb.UpdatePodSandboxResourcesResponse()
 
     async def list_pod_sandbox(
         self, _rpc: Rpc, request: pb.ListPodSandboxRequest
@@ -142,6 +154,12 @@ class Service:
         spec = self.node.store.spec(container.id) if request.verbose else None
         return views.container_status(container, spec)
 
+    async def update_container_resources(
+        self, _rpc: Rpc, request: pb.UpdateContainerResourcesRequest
+    ) -> pb.UpdateContainerResourcesResponse:
+        await self.updates.container(request)
+        return pb.UpdateContainerResourcesResponse()
+
     async def reopen_container_log(
         self, rpc: Rpc, request: pb.ReopenContainerLogRequest
     ) -> pb.ReopenContainerLogResponse:
@@ -163,6 +181,7 @@ class Service:
     # -- images ---------------------------------------------------------------------------------------
 
     async def pull_image(self, _rpc: Rpc, request: pb.PullImageRequest) -> pb.PullImageResponse:
+        self.node.runtime(request.image.runtime_handler)  # must be one that is configured
         auth = to_auth(request.auth) if request.HasField("auth") else None
         return pb.PullImageResponse(image_ref=await self.pulls.pull(request.image, auth))
 

@@ -34,7 +34,7 @@ from ipc.messages.storage import (
 from ipc.serve import Call
 from workers.jobs import Job, Jobs
 
-from . import cdi, hookfiles, idmap, mounts, users, volumes
+from . import cdi, hookfiles, idmap, mounts, relabel, users, volumes
 from .commit import copy_looks
 from .database import Database
 from .devices import examine_devices, profile_loaded, read_profile
@@ -345,7 +345,8 @@ def build(
     root_fd = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         user = users.resolve(root_fd, body.user)
-        volumes.make_directories(root_fd, body.directories)
+        owner = plan.mapped.owner(0, 0) if plan.mapped is not None else (0, 0)
+        volumes.make_directories(root_fd, body.directories, owner)
     finally:
         os.close(root_fd)
     if plan.mapped is not None:
@@ -371,16 +372,27 @@ def _sources(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> 
     return [
         _volume_source(plan, planned[position], progress)
         if source.image_id
-        else mounts.examine_source(source, progress)
+        else _host_source(source, progress)
         for position, source in enumerate(body.mounts)
     ]
+
+
+def _host_source(source: MountSource, progress: Progress) -> MountSourceInfo:
+    info = mounts.examine_source(source, progress)
+    if source.relabel:
+        relabel.relabel(info.path, source.relabel, progress)
+    return info
 
 
 def _volume_source(plan: ContainerPlan, volume: VolumePlan, progress: Progress) -> MountSourceInfo:
     progress.at(f"the image volume {volume.image_id}")
     for lower in volume.lowers:
         _ensure_link(Path(plan.links), lower)
-    return volumes.mount_volume(volume, plan.mounted, plan.links, EMPTY_LINK)
+    if plan.mapped is None:
+        return volumes.mount_volume(volume, plan.mounted, Path(plan.links), EMPTY_LINK)
+    below = Path(plan.links).relative_to(plan.root)
+    with idmap.mapped_root(plan.mapped, Path(plan.root), Path(plan.mounted)) as root:
+        return volumes.mount_volume(volume, plan.mounted, root / below, EMPTY_LINK)
 
 
 def _make_home(home: Path, mapped: Mapped | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ipc import kernel, userns
@@ -68,9 +69,16 @@ def mount_mapped(source: str, target: str, pin: str, *, recursive: bool = False)
 def mount_overlay(
     mapped: Mapped, root: Path, home: Path, *, links: str, lowers: list[str], upper: Path, work: Path
 ) -> None:
-    """Mount the overlay at `<home>/rootfs`, its layers below `root` seen as mapped. Raises RemoteError.
+    """Mount the overlay at `<home>/rootfs`, its layers below `root` seen as mapped. Raises RemoteError."""
+    with mapped_root(mapped, root, home) as lower:
+        mounts.mount_overlay(lower / links, lowers, upper, work, home / "rootfs")
 
-    One mapped mount of `root` serves all layers; the overlay keeps copies of it, so it goes again.
+
+@contextlib.contextmanager
+def mapped_root(mapped: Mapped, root: Path, home: Path) -> Iterator[Path]:
+    """`root` seen as mapped, for as long as overlays of its layers are being mounted. Raises RemoteError.
+
+    One mapped mount serves all layers; an overlay keeps copies of it, so it goes again.
     """
     lower = home / LOWER
     mounts.unmount_all(lower)
@@ -80,7 +88,7 @@ def mount_overlay(
     except OSError as error:
         raise precondition(f"{root} cannot be mounted with mapped ids: {error.strerror}") from error
     try:
-        mounts.mount_overlay(lower / links, lowers, upper, work, home / "rootfs")
+        yield lower
     finally:
         mounts.unmount_all(lower)
         lower.rmdir()

@@ -43,13 +43,16 @@ def volume_directory(mounted: str, position: int) -> Path:
     return Path(mounted, "volumes", str(position))
 
 
-def mount_volume(volume: VolumePlan, mounted: str, links: str, empty: str) -> MountSourceInfo:
-    """Mount an image volume, if it is not mounted yet. Raises RemoteError."""
+def mount_volume(volume: VolumePlan, mounted: str, links: Path, empty: str) -> MountSourceInfo:
+    """Mount an image volume, if it is not mounted yet. `links` has its layers. Raises RemoteError."""
     target = volume_directory(mounted, volume.position)
+    os.umask(0o022)
     try:
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # the directory above is closed to all but the container's root, who must pass here
+        target.parent.mkdir(mode=0o711, exist_ok=True)
+        target.mkdir(mode=0o711, exist_ok=True)
         if not mounts.is_mounted(target):
-            _mount_layers(volume, target, Path(links), empty)
+            _mount_layers(volume, target, links, empty)
         return _resolved(target, volume)
     except OSError as error:
         raise failed(Code.INTERNAL, f"cannot mount image {volume.image_id}: {error.strerror}") from error
@@ -115,32 +118,32 @@ def unmount_volumes(mounted: str) -> None:
 # -- VOLUMEs ----------------------------------------------------------------------------------------------
 
 
-def make_directories(root_fd: int, paths: list[str]) -> None:
+def make_directories(root_fd: int, paths: list[str], owner: tuple[int, int]) -> None:
     """Make the directories (0755) that are missing inside a root. INVALID_ARGUMENT for what cannot be one."""
     os.umask(0o022)
     for path in paths:
         try:
-            _make_directory(root_fd, [part for part in path.split("/") if part not in {"", "."}])
+            _make_directory(root_fd, [part for part in path.split("/") if part not in {"", "."}], owner)
         except OSError as error:
             raise invalid(f"the image's VOLUME {path!r} cannot be made: {error.strerror}") from error
 
 
-def _make_directory(root_fd: int, parts: list[str]) -> None:
+def _make_directory(root_fd: int, parts: list[str], owner: tuple[int, int]) -> None:
     parent_fd = os.dup(root_fd)
     try:
         for depth, name in enumerate(parts, start=1):
-            fd = _enter(root_fd, parent_fd, parts[:depth], name)
+            try:
+                fd = _enter(root_fd, parts[:depth])
+            except FileNotFoundError:
+                os.mkdir(name, 0o755, dir_fd=parent_fd)
+                os.chown(name, *owner, dir_fd=parent_fd, follow_symlinks=False)
+                fd = _enter(root_fd, parts[:depth])
             os.close(parent_fd)
             parent_fd = fd
     finally:
         os.close(parent_fd)
 
 
-def _enter(root_fd: int, parent_fd: int, parts: list[str], name: str) -> int:
-    """The directory of `parts`, links resolved inside the root; made in its parent if it is missing."""
-    flags = os.O_PATH | os.O_DIRECTORY
-    try:
-        return kernel.openat2(root_fd, "/".join(parts), flags, resolve=_INSIDE)
-    except FileNotFoundError:
-        os.mkdir(name, 0o755, dir_fd=parent_fd)
-        return kernel.openat2(root_fd, "/".join(parts), flags, resolve=_INSIDE)
+def _enter(root_fd: int, parts: list[str]) -> int:
+    """The directory of that path, links resolved inside the root."""
+    return kernel.openat2(root_fd, "/".join(parts), os.O_PATH | os.O_DIRECTORY, resolve=_INSIDE)

@@ -48,8 +48,8 @@ def linux(inputs: SpecInputs, path: cgroups.CgroupPath, notes: Notes) -> dict[st
         "resources": limits | {"devices": rules},
         "devices": nodes,
         "rootfsPropagation": mounts.rootfs_propagation(inputs.config),
-        "maskedPaths": hidden_paths("masked_paths", context, context.masked_paths, MASKED_PATHS),
-        "readonlyPaths": hidden_paths("readonly_paths", context, context.readonly_paths, READONLY_PATHS),
+        "maskedPaths": hidden_paths("masked_paths", inputs, context.masked_paths, MASKED_PATHS),
+        "readonlyPaths": hidden_paths("readonly_paths", inputs, context.readonly_paths, READONLY_PATHS),
     }
     if mapped := userns.of_pod(inputs.sandbox):
         parts["uidMappings"], parts["gidMappings"] = [userns.oci(mapped.uids)], [userns.oci(mapped.gids)]
@@ -123,15 +123,18 @@ def _pinned(inputs: SpecInputs, name: str, option: str) -> list[dict[str, str]]:
 
 def hidden_paths(
     what: str,
-    context: api_pb2.LinuxContainerSecurityContext,
+    inputs: SpecInputs,
     requested: Iterable[str],
     default: Iterable[str],
 ) -> list[str]:
     """The request's list, else the default. Nothing is hidden from a privileged container.
 
-    A pod with procMount Unmasked sends empty lists, as clients do that know nothing of them; such a pod
-    needs a user namespace, so that here an empty list means: the default.
+    A pod with procMount Unmasked sends empty lists, as clients do that know nothing of them. Such a pod has
+    a user namespace, so there an empty list is one, and elsewhere it means: the default.
     """
-    if context.privileged:
+    if inputs.config.linux.security_context.privileged:
         return []
-    return list(dict.fromkeys(validate.clean_path(what, path) for path in (list(requested) or default)))
+    paths = list(requested)
+    if not paths and not userns.of_pod(inputs.sandbox):
+        paths = list(default)
+    return list(dict.fromkeys(validate.clean_path(what, path) for path in paths))

@@ -13,6 +13,7 @@ import msgspec
 
 from ipc.cri import api_pb2
 from ipc.errors import invalid, precondition
+from ipc.messages.supervisor import HostInfo
 
 from . import capabilities, image, security, validate
 from .inputs import SpecInputs
@@ -137,10 +138,14 @@ def user(inputs: SpecInputs) -> dict[str, Any]:
 
 def oom_score(inputs: SpecInputs, notes: Notes) -> int:
     """The request's oom_score_adj, as low as this node lets us go."""
-    wanted = inputs.config.linux.resources.oom_score_adj
+    return oom_score_of(inputs.config.linux.resources.oom_score_adj, inputs.host, notes)
+
+
+def oom_score_of(wanted: int, host: HostInfo, notes: Notes) -> int:
+    """A score as low as this node lets us go."""
     if not OOM_SCORE_MIN <= wanted <= OOM_SCORE_MAX:
         raise invalid(f"oom_score_adj: {wanted} is not between {OOM_SCORE_MIN} and {OOM_SCORE_MAX}")
-    floor = inputs.host.oom_score_floor
+    floor = host.oom_score_floor
     if wanted < floor:
         notes.add(f"oom_score_adj {wanted} became {floor}: a lower one needs CAP_SYS_RESOURCE")
     return max(wanted, floor)

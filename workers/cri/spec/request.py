@@ -26,22 +26,27 @@ def container_create(
     image_config: bytes,
     mount_images: Sequence[str] = (),
     apparmor_default: str = "",
+    selinux: bool = False,
 ) -> storage.ContainerCreate:
     """Check the request and make the message. RemoteError says what is wrong with it.
 
-    `mount_images` has the image's id for each mount that is an image volume, "" for the others.
+    `mount_images` has the image's id for each mount that is an image volume, "" for the others. `selinux`
+    says that the node has it: mounts that are to be relabelled are.
     """
     validate.container(config, sandbox)
     security = config.linux.security_context
     images = mount_images or [""] * len(config.mounts)
     execution = image.execution(image_config)
     mapped = userns.of_pod(sandbox)
+    label = seclabels.volume_label(config, sandbox) if selinux else ""
     return storage.ContainerCreate(
         container_id=container_id,
         pod_id=pod_id,
         image_id=image_id,
         user=container_user(security, execution),
-        mounts=[_mount_source(mount, id_, mapped) for mount, id_ in zip(config.mounts, images, strict=True)],
+        mounts=[
+            _mount_source(mount, id_, mapped, label) for mount, id_ in zip(config.mounts, images, strict=True)
+        ],
         uid_mappings=[mapped.uids] if mapped else [],
         gid_mappings=[mapped.gids] if mapped else [],
         read_only=security.readonly_rootfs,
@@ -78,7 +83,9 @@ def container_user(
     )
 
 
-def _mount_source(mount: api_pb2.Mount, image_id: str, mapped: userns.Mappings | None) -> storage.MountSource:
+def _mount_source(
+    mount: api_pb2.Mount, image_id: str, mapped: userns.Mappings | None, label: str
+) -> storage.MountSource:
     if image_id:
         return storage.MountSource(path="", image_id=image_id, sub_path=mount.image_sub_path)
     if not mount.host_path:
@@ -87,4 +94,5 @@ def _mount_source(mount: api_pb2.Mount, image_id: str, mapped: userns.Mappings |
         path=validate.clean_path("mounts.host_path", mount.host_path),
         propagation=mounts.STORAGE_PROPAGATION[mounts.propagation(mount)],
         idmap=userns.mapped(mount, mapped),
+        relabel=label if mount.selinux_relabel else "",
     )

@@ -86,20 +86,33 @@ def process_label(inputs: SpecInputs, notes: Notes) -> str:
 
 def mount_label(inputs: SpecInputs, notes: Notes) -> str:
     """The SELinux label of what the runtime mounts, "" for none."""
-    options = _options(inputs, notes)
+    return volume_label(inputs.config, inputs.sandbox) if _options(inputs, notes) else ""
+
+
+def volume_label(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig) -> str:
+    """The label that files need for the container to touch them, "" where nothing is asked for."""
+    options = _requested(config, sandbox)
     return f"system_u:object_r:container_file_t:{options.level or 's0'}" if options else ""
 
 
 def _options(inputs: SpecInputs, notes: Notes) -> api_pb2.SELinuxOption | None:
-    """The container's options, else the sandbox's; None where there are none, or no SELinux."""
-    own, pod = inputs.config.linux.security_context, inputs.sandbox.linux.security_context
+    """What is asked for; None also where there is no SELinux."""
+    options = _requested(inputs.config, inputs.sandbox)
+    if options is not None and not inputs.host.selinux:
+        notes.add("selinux_options have no effect: this node has no SELinux")
+        return None
+    return options
+
+
+def _requested(
+    config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig
+) -> api_pb2.SELinuxOption | None:
+    """The container's options, else the sandbox's, None where there are none."""
+    own, pod = config.linux.security_context, sandbox.linux.security_context
     options = own.selinux_options if own.HasField("selinux_options") else pod.selinux_options
     parts = (options.user, options.role, options.type, options.level)
     if not any(parts):
         return None
     if any(":" in part for part in parts[:3]) or not all(part.isprintable() for part in parts):
         raise invalid(f"selinux_options: {':'.join(parts)!r} is not a label")
-    if not inputs.host.selinux:
-        notes.add("selinux_options have no effect: this node has no SELinux")
-        return None
     return options

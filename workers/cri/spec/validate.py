@@ -93,6 +93,7 @@ def container(config: api_pb2.ContainerConfig, sandbox: api_pb2.PodSandboxConfig
     _modes(config.linux.security_context.namespace_options)
     userns.check_container(config, sandbox)
     texts("command and args", [*config.command, *config.args])
+    texts("image", [config.image.image, config.image.user_specified_image])
     texts("annotations", [*config.annotations, *config.annotations.values()])
 
 
