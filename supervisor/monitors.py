@@ -78,7 +78,7 @@ class Monitors:
         self._ground.reaper.watch(child.pid, lambda code: self._ended(container_id, child.pid, started, code))
         held.write_holder(lock_fd, child.pid)
         child.open_gate()
-        # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins to work.
+        # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins.
         self._ground.loop.call_soon(lambda: self._place(child.pid))
         self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=child.pid)
         return child.pid

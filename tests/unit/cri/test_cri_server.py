@@ -13,8 +13,9 @@ import pytest
 from ipc.cri import api_pb2 as pb
 from ipc.errors import GRPC_STATUS, Code, RemoteError, unavailable
 from ipc.messages import network, storage, supervisor
+from ipc.release import version
 from tests.support.cri_world import Worker, World, eventually, hang, world_and_worker
-from workers.cri.main import image_service, runtime_service, version
+from workers.cri.main import image_service, runtime_service
 from workers.cri.metrics import RpcStats
 from workers.cri.server import status_of, subject_of
 
