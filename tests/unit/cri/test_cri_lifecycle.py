@@ -286,7 +286,7 @@ def test_of_a_failed_start_the_monitors_own_record_counts() -> None:
     async def scenario(world: World, worker: Worker) -> None:
         container_id = await worker.create(await worker.run_pod())
         record = ExitRecord(
-            container_id=container_id, exit_code=127, finished_at_ns=5, reason="StartError", message="not found"
+            container_id=container_id, exit_code=127, finished_at_ns=5, reason="StartError", message="gone"
         )
 
         async def recorded(_call: Any) -> None:
