@@ -209,6 +209,7 @@ class World:
         self.root = Path(tempfile.mkdtemp(prefix="bh-cri-", dir="/tmp"))
         for name in ("ipc", "monitors", "cri", "bind"):
             (self.root / name).mkdir()
+        self.over = asyncio.Event()
         self.calls: list[Request[Any]] = []
         self.faults: dict[type[Request[Any]], list[Fault]] = {}
         self.stubborn = False  # containers ignore their stop signal
@@ -482,6 +483,7 @@ class World:
         }
 
     def close(self) -> None:
+        self.over.set()
         for listening in self._listening:
             listening.shut()
         for read_fd in self.begun.values():
@@ -540,7 +542,7 @@ class Worker:
         store._db = sqlite3.connect(":memory:", isolation_level=None)
         store._db.executescript(database.TABLES)
         store.kept = SilentFiles()
-        peers, self.node.peers = self.node.peers, SilentPeers()
+        peers, self.node.peers = self.node.peers, SilentPeers(self.world.over)
         clients: list[Any] = [peers.storage, peers.network, peers.supervisor, peers.image]
         for client in [*clients, *peers._monitors.values()]:
             client._path = "/nonexistent"  # a dead process sends nothing again
@@ -599,12 +601,13 @@ class Worker:
 class SilentPeers(Peers):
     """Nobody ever answers."""
 
-    def __init__(self) -> None:
-        silence: Any = Silence()
+    def __init__(self, over: asyncio.Event) -> None:
+        self._over = over
+        silence: Any = Silence(over)
         self.storage = self.network = self.supervisor = self.image = silence
 
     def monitor(self, _container_id: str) -> Any:
-        return Silence()
+        return Silence(self._over)
 
     async def forget_monitor(self, _container_id: str) -> None:
         return
@@ -627,10 +630,14 @@ class SilentFiles(PodFiles):
 
 
 class Silence:
-    """A peer that never answers."""
+    """A peer that does not answer, until the test is over and whatever still asks must come to an end."""
+
+    def __init__(self, over: asyncio.Event) -> None:
+        self._over = over
 
     async def call(self, _request: Any, *, fds: Sequence[int] = (), **_options: Any) -> Any:
-        await asyncio.Event().wait()
+        await self._over.wait()
+        raise RemoteError(Code.UNAVAILABLE, "the test is over")
 
     call_fds = call
 

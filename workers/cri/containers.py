@@ -18,7 +18,7 @@ from ipc.messages import monitor, storage, supervisor
 from ipc.messages.monitor import ExitRecord
 from ipc.messages.storage import ContainerRootfs, ImageRecord
 from workers.cri.images import Images
-from workers.cri.names import new_id
+from workers.cri.names import new_id, sandbox_id
 from workers.cri.node import Node
 from workers.cri.operations import uncancelled
 from workers.cri.peers import SHORT, together, within
@@ -67,6 +67,23 @@ class Containers:
         """Finish a container that the last worker began; every step may be repeated."""
         key = ("container.create", *container.name)
         return await self._node.operations.run(key, lambda: self._build(pod, container))
+
+    async def run_sandbox(self, pod: Pod, config: pb.ContainerConfig) -> Container:
+        """Create and start a pod's sandbox container, as part of the pod's own operation."""
+        container = self.find_sandbox(pod)
+        if container is None:
+            id_, now = sandbox_id(pod.id), time.time_ns()
+            record = ContainerRecord(id=id_, pod_id=pod.id, created_at_ns=now, sandbox=True)
+            container = self._store.add_container(record, config)
+        if container.phase is Phase.CREATING:
+            await self._build(pod, container)
+        if container.phase is Phase.CREATED:
+            await self._start(container)
+        return container
+
+    def find_sandbox(self, pod: Pod) -> Container | None:
+        """The pod's sandbox container, if it has one."""
+        return self._store.containers.get(sandbox_id(pod.id))
 
     async def _build(self, pod: Pod, container: Container) -> str:
         timeout = self._node.settings.container_create_timeout
@@ -142,7 +159,9 @@ class Containers:
             namespaces=pod.record.namespaces,
             target_pid_namespace=self._target_namespace(pod, container),
             host=await self._node.host(),
-            runtime=await self._node.runtime_info(pod.record.handler),
+            runtime=await self._node.runtime_info(pod.record.runtime or pod.record.handler),
+            sandbox_id=sandbox_id(pod.id) if pod.record.pause_image else pod.id,
+            is_sandbox=container.record.sandbox,
             settings=self._node.settings,
             apparmor_default=self._node.settings.apparmor_profile,
         )
@@ -166,7 +185,8 @@ class Containers:
         return f"/proc/{target.record.pid}/ns/pid"
 
     async def _create_by_monitor(self, pod: Pod, container: Container, built: Built, timeout: float) -> None:
-        runtime, config = self._node.runtime(pod.record.handler), container.config
+        runtime = self._node.runtime(pod.record.runtime or pod.record.handler)
+        config = container.config
         owner = userns.stdio_owner(pod.config, container.record.uid, container.record.gid)
         request = monitor.Create(
             spec=built.spec,
@@ -248,7 +268,7 @@ class Containers:
 
     async def _start(self, container: Container) -> None:
         pod = self._store.pods.get(container.record.pod_id)
-        if pod is None or pod.phase is not Phase.READY:
+        if pod is None or (pod.phase is not Phase.READY and not container.record.sandbox):
             raise precondition(f"the pod of container {container.id} is not ready")
         self._store.begin(container.id, "container.start")
         timeout = self._node.settings.container_create_timeout
@@ -285,7 +305,9 @@ class Containers:
 
     async def kill(self, container_id: str) -> None:
         """Kill a container now (its pod is stopped); returns when it has ended."""
-        await self.stop(container_id, 0)
+        container = self._store.containers.get(container_id)
+        if container is not None and container.phase not in HIDDEN:
+            await self._stop_detached(container, 0)
 
     async def _stop_detached(self, container: Container, grace: float) -> None:
         # not joined: each call brings a grace of its own to the monitor
@@ -318,6 +340,12 @@ class Containers:
     async def remove(self, text: str) -> None:
         """Remove a container, killing it if need be. Unknown is success."""
         container = self._store.find_container(text)
+        if container is not None:
+            await self.remove_whole(container.id)
+
+    async def remove_whole(self, container_id: str) -> None:
+        """As `remove`, by the whole id; sandbox containers too."""
+        container = self._store.containers.get(container_id)
         if container is not None and container.phase is Phase.CREATING:
             key = ("container.create", *container.name)
             await self._node.operations.end(lambda running: running == key)

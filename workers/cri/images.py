@@ -19,6 +19,7 @@ from ipc.messages import image as image_messages
 from ipc.messages import storage
 from ipc.messages.storage import FsInfo, ImageRecord
 from ipc.reference import has_domain, image_id, parse
+from ipc.settings import CriSettings
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.spec import image as image_config
@@ -144,14 +145,23 @@ def is_pinned(names: Iterable[str], patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
 
 
-def to_cri(record: ImageRecord) -> pb.Image:
-    """The CRI view of an image. The user stands as number or name, never both."""
+def pinned(settings: CriSettings) -> list[str]:
+    """Patterns of the images that are never collected; the pause image is one of them."""
+    pause = settings.pause_image
+    return [*settings.pinned_images, *(lookups(pause) if pause and is_reference(pause) else [])]
+
+
+def to_cri(record: ImageRecord, pinned: Iterable[str] = ()) -> pb.Image:
+    """The CRI view of an image. The user stands as number or name, never both.
+
+    What is pinned is said by the configuration in force, whatever it was at the pull.
+    """
     image = pb.Image(
         id=record.id,
         repo_tags=record.names,
         repo_digests=record.digests,
         size=record.size,
-        pinned=record.pinned,
+        pinned=is_pinned([*record.names, *record.digests, record.id], pinned),
     )
     user = _user(record)
     if user.isascii() and user.isdigit():

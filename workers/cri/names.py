@@ -40,6 +40,12 @@ def new_id() -> str:
     return os.urandom(ID_DIGITS // 2).hex()
 
 
+def sandbox_id(pod_id: str) -> str:
+    """The id of a pod's sandbox container; always the same, so that making one can be repeated."""
+    half = ID_DIGITS // 2
+    return pod_id[half:] + pod_id[:half]
+
+
 class Ids:
     """The known ids of one kind, sorted, so that prefixes are found by bisection."""
 

@@ -1,9 +1,9 @@
 """Runs in: cri. The life of a pod sandbox: run, stop, remove.
 
-There is no infra container: a pod is its files (storage), its namespaces and addresses (network) and, if it
-shares its PID namespace, its init (supervisor). Every step can be repeated and taken back by the pod's id,
-so a pod that could not be made is removed like any other, for as long as that takes, while its name is
-free at once.
+A pod is its files (storage), its namespaces and addresses (network) and, if it shares its PID namespace, its
+init (supervisor). Only where a pause image is configured it has a sandbox container (sandbox.py), which is
+the init then. Every step can be repeated and taken back by the pod's id, so a pod that could not be made is
+removed like any other, for as long as that takes, while its name is free at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from workers.cri.names import new_id
 from workers.cri.node import Node
 from workers.cri.operations import Key, uncancelled
 from workers.cri.peers import SHORT, settle_all, together, within
+from workers.cri.sandbox import Sandboxes
 from workers.cri.spec import pod as podspec
 from workers.cri.spec import userns, validate
 from workers.cri.state import Phase, Pod, PodRecord, pod_name
@@ -42,9 +43,12 @@ def shown(pod: Pod) -> str:
 class Pods:
     """Pod sandboxes."""
 
-    def __init__(self, node: Node, kill: KillContainer, remove: RemoveContainer) -> None:
+    def __init__(
+        self, node: Node, kill: KillContainer, remove: RemoveContainer, sandboxes: Sandboxes
+    ) -> None:
         self._node = node
         self._store = node.store
+        self._sandboxes = sandboxes
         self._kill_container = kill
         self._remove_container = remove
 
@@ -53,7 +57,7 @@ class Pods:
     async def run(self, config: pb.PodSandboxConfig, handler: str) -> str:
         """Make a pod and return its id; the same metadata again joins the first call or gets its pod."""
         self._check(config)
-        self._node.runtime(handler)
+        self._node.runtime(handler)  # refused at once if there is none of the name
         if userns.of_pod(config):
             await self._need_user_namespaces(handler)
         key = ("pod.run", *pod_name(config))
@@ -80,7 +84,13 @@ class Pods:
             return twin.id
         if twin is not None:  # it has ended: it makes room
             await self._remove_joined(twin)
-        record = PodRecord(id=new_id(), created_at_ns=time.time_ns(), handler=handler)
+        record = PodRecord(
+            id=new_id(),
+            created_at_ns=time.time_ns(),
+            handler=handler,
+            runtime=self._node.runtime(handler).name,
+            pause_image=self._node.settings.pause_image,
+        )
         record.hostname = podspec.hostname(config, record.id, self._node.node_name)
         return await self._build(self._store.add_pod(record, config))
 
@@ -91,6 +101,7 @@ class Pods:
     async def _build(self, pod: Pod) -> str:
         try:
             await within(self._node.settings.pod_setup_timeout, "setting up the pod", self._set_up(pod))
+            self._sandboxes.check(pod)
         except (RemoteError, asyncio.CancelledError):
             await uncancelled(self._discard(pod))
             raise
@@ -100,9 +111,14 @@ class Pods:
         return pod.id
 
     async def _set_up(self, pod: Pod) -> None:
-        await together(self._set_up_files(pod), self._set_up_network(pod))
-        if podspec.shares_pid(pod.config):
-            await self._start_init(pod)
+        steps = [self._set_up_files(pod), self._set_up_network(pod)]
+        if pod.record.pause_image:
+            await together(*steps, self._sandboxes.need_image(pod.record.pause_image))
+            await self._sandboxes.run(pod)
+        else:
+            await together(*steps)
+            if podspec.shares_pid(pod.config):
+                await self._start_init(pod)
 
     async def _set_up_files(self, pod: Pod) -> None:
         request = podspec.storage_setup(pod.id, pod.config, node_name=self._node.node_name)
@@ -154,6 +170,7 @@ class Pods:
             delay = min(delay * 2, longest)
 
     async def _tear_down(self, pod: Pod) -> None:
+        await self._of_all_containers(pod, self._remove_container)
         await self._release(pod)
         await self._free(pod)
 
@@ -183,11 +200,16 @@ class Pods:
         pod.record.phase = Phase.STOPPED  # from here on no container is made or started in it
         self._store.save_pod(pod)
         await self._end_creations(pod)
-        containers = self._store.containers_of(pod.id)
-        await settle_all(*(self._kill_container(container.id) for container in containers))
+        await self._of_all_containers(pod, self._kill_container)
         await self._release(pod)
         self._store.save_pod(pod, done="pod.stop")
         log.get().info("pod stopped", pod=pod.id, name=shown(pod))
+
+    async def _of_all_containers(self, pod: Pod, step: KillContainer | RemoveContainer) -> None:
+        """Do something to all containers of a pod at the same time, and to its sandbox container last."""
+        for last in (False, True):
+            containers = self._store.containers_of(pod.id)
+            await settle_all(*(step(one.id) for one in containers if one.record.sandbox is last))
 
     async def _end_creations(self, pod: Pod) -> None:
         def of_pod(key: Key) -> bool:
@@ -223,8 +245,7 @@ class Pods:
             return
         self._store.begin(pod.id, "pod.remove")
         await self._stop_joined(pod)
-        containers = self._store.containers_of(pod.id)
-        await settle_all(*(self._remove_container(container.id) for container in containers))
+        await self._of_all_containers(pod, self._remove_container)
         await self._free(pod)
         log.get().info("pod removed", pod=pod.id, name=shown(pod))
 

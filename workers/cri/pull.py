@@ -25,7 +25,7 @@ from ipc.messages import image as image_messages
 from ipc.messages import storage
 from ipc.messages.cri import PullState
 from ipc.messages.image import Auth, Layer, Progress, Resolved
-from workers.cri.images import Images, asked, is_pinned
+from workers.cri.images import Images, asked, is_pinned, pinned
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 
@@ -180,7 +180,7 @@ class Pulls:
             digests=[resolved.repo_digest] if resolved.repo_digest else [],
             layers=[layer.chain_id for layer in resolved.layers],
             size=sum(pull.sizes[layer.chain_id] for layer in resolved.layers),
-            pinned=is_pinned(names, self._node.settings.pinned_images),
+            pinned=is_pinned(names, pinned(self._node.settings)),
             created_at_ns=time.time_ns(),
         )
         stored = await self._node.peers.storage.call(storage.ImagePut(image=record), timeout=SHORT)

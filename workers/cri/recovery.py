@@ -17,6 +17,7 @@ from ipc import log
 from ipc.errors import Code, RemoteError
 from ipc.messages import monitor, network, storage, supervisor
 from workers.cri.containers import Containers
+from workers.cri.names import sandbox_id
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.pods import Pods
@@ -110,8 +111,8 @@ class Recovery:
                 return self._pods.resume(pod)
 
     def _container_step(self, container: Container, intent: Intent) -> Coroutine[Any, Any, Any] | None:
-        if container.phase is Phase.GONE:
-            return None
+        if container.phase is Phase.GONE or container.record.sandbox:
+            return None  # a sandbox container is part of its pod's operations
         pod = self._store.pods.get(container.record.pod_id)
         match intent.kind:
             case "container.stop":
@@ -150,7 +151,11 @@ class Recovery:
 
     def _unknown(self, id_: str) -> bool:
         known = id_ in self._store.pods or id_ in self._store.containers
-        return not known and id_ not in self._spared
+        return not known and id_ not in self._spared and id_ not in self._expected()
+
+    def _expected(self) -> set[str]:
+        """Sandbox containers that pods in the making will find, or make, under their id."""
+        return {sandbox_id(pod.id) for pod in self._store.pods.values() if pod.phase is Phase.CREATING}
 
     async def _until_done(self, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
         delay, longest = BACKOFF

@@ -27,6 +27,7 @@ from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.pods import Pods
 from workers.cri.pull import Pulls
+from workers.cri.sandbox import Sandboxes
 from workers.cri.server import Rpc
 from workers.cri.spec import exec_process
 from workers.cri.state import HIDDEN
@@ -50,7 +51,8 @@ class Service:
         self.images = Images(node)
         self.pulls = Pulls(node, self.images)
         self.containers = Containers(node, self.images, self.watcher)
-        self.pods = Pods(node, self.containers.kill, self.containers.remove)
+        sandboxes = Sandboxes(self.containers, self.images, self.pulls)
+        self.pods = Pods(node, self.containers.kill, self.containers.remove_whole, sandboxes)
         self.updates = Updates(node, self.containers, self.pods)
         self._version = version
 
@@ -99,7 +101,7 @@ class Service:
             raise RemoteError(Code.NOT_FOUND, f"pod sandbox {pod.id} is being made or removed")
         answer = views.pod_status(pod, verbose=request.verbose)
         for container in self.node.store.containers_of(pod.id):
-            if container.phase not in HIDDEN:
+            if container.phase not in HIDDEN and not container.record.sandbox:
                 answer.containers_statuses.append(views.container_status(container, None).status)
         return answer
 
@@ -188,7 +190,8 @@ class Service:
     async def list_images(self, rpc: Rpc, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
         wanted = request.filter.image if request.HasField("filter") else None
         found = await self.images.list(wanted, rpc.timeout(SHORT))
-        return pb.ListImagesResponse(images=map(image_views.to_cri, found))
+        pinned = image_views.pinned(self.node.settings)
+        return pb.ListImagesResponse(images=[image_views.to_cri(one, pinned) for one in found])
 
     async def image_status(self, rpc: Rpc, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
         """An absent image is an empty answer, not an error."""
@@ -196,7 +199,8 @@ class Service:
         if found is None:
             return pb.ImageStatusResponse()
         info = image_views.verbose_info(found) if request.verbose else {}
-        return pb.ImageStatusResponse(image=image_views.to_cri(found), info=info)
+        image = image_views.to_cri(found, image_views.pinned(self.node.settings))
+        return pb.ImageStatusResponse(image=image, info=info)
 
     async def remove_image(self, rpc: Rpc, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
         await self.images.remove(request.image, rpc.timeout(SHORT))

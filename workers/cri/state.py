@@ -64,6 +64,8 @@ class PodRecord(Body):
     cni_result: bytes = b""
     init_pid: int = 0
     released: bool = False  # stopped to the end: no network, no init
+    runtime: str = ""  # the runtime that the handler meant when the pod was made
+    pause_image: str = ""  # of its sandbox container, "" if it has none
 
 
 class ContainerRecord(Body):
@@ -84,6 +86,7 @@ class ContainerRecord(Body):
     mount_images: list[str] = []  # id of the image of each mount, "" where it is no image volume
     started_at_ns: int = 0
     exit: ExitRecord | None = None
+    sandbox: bool = False  # the pod's sandbox container, which no client sees
 
 
 class KeptPod(Body):
@@ -217,7 +220,7 @@ class Store:
         """The shown containers whose id begins so."""
         ids = self._container_ids.match(prefix) if prefix else self.containers
         found = map(self.containers.__getitem__, ids)
-        return [container for container in found if container.record.phase not in HIDDEN]
+        return [one for one in found if one.record.phase not in HIDDEN and not one.record.sandbox]
 
     def pod_named(self, name: PodName) -> Pod | None:
         """The pod that owns the name now."""
@@ -230,7 +233,7 @@ class Store:
         return self.containers[id_] if id_ else None
 
     def containers_of(self, pod_id: str) -> list[Container]:
-        """All containers of a pod, hidden ones too."""
+        """All containers of a pod, hidden ones and its sandbox container too."""
         return list(self._of_pod.get(pod_id, {}).values())
 
     # -- changes --------------------------------------------------------------------------------------
@@ -418,8 +421,10 @@ class Store:
 
     def _show_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
         container = self.containers[record.id] = Container(record, config)
-        self._container_ids.add(record.id)
         self._of_pod.setdefault(record.pod_id, {})[record.id] = container
+        if record.sandbox:  # clients find it by no id and no name
+            return container
+        self._container_ids.add(record.id)
         if record.phase is not Phase.GONE:
             self._container_names[container.name] = record.id
         return container

@@ -67,6 +67,16 @@ class Watcher:
             event.set()
         log.get().info("container ended", container=container.id, code=exit_.exit_code, oom=exit_.oom_killed)
         self._node.operations.background(f"unmount {container.id}", self._unmount(container))
+        if container.record.sandbox:
+            self._sandbox_ended(container)
+
+    def _sandbox_ended(self, container: Container) -> None:
+        """A pod does not outlive its sandbox container; unless it is being stopped, that is news."""
+        pod = self._node.store.pods.get(container.record.pod_id)
+        if pod is not None and pod.phase is Phase.READY:
+            pod.record.phase = Phase.STOPPED
+            self._node.store.save_pod(pod)
+            log.get().error("the sandbox container ended: the pod is not ready", pod=pod.id)
 
     async def _unmount(self, container: Container) -> None:
         """An ended container needs no overlay mount until it is removed."""

@@ -50,9 +50,9 @@ def _ours(inputs: SpecInputs) -> dict[str, str]:
     """What runtimes with a sandbox of their own read, in the words that they know."""
     pod = inputs.sandbox.metadata
     values = {
-        "container-type": "container",
+        "container-type": "sandbox" if inputs.is_sandbox else "container",
         "container-name": inputs.config.metadata.name,
-        "sandbox-id": inputs.pod_id,
+        "sandbox-id": inputs.sandbox_id or inputs.pod_id,
         "sandbox-name": pod.name,
         "sandbox-namespace": pod.namespace,
         "sandbox-uid": pod.uid,

@@ -34,6 +34,10 @@ class SpecInputs:
     #: storage's answer to the request that `request.container_create` made
     rootfs: ContainerRootfs
     pod_files: PodFiles
+    #: what runtimes with a sandbox of their own know the pod by: the id of its sandbox container, if any
+    sandbox_id: str = ""
+    #: this is the pod's sandbox container itself
+    is_sandbox: bool = False
     #: the pod's effective host name (`pod.hostname`)
     hostname: str
     #: pinned namespaces by name: "net", "ipc", "uts", "pid"; what is missing is the host's
