@@ -163,7 +163,7 @@ class ImageConfig:
     auth_file: str = key(
         "", "Credentials (docker config.json) used when a request has none.", absolute_or_empty
     )
-    pause_image: str = key("", "Only for runtime handlers that need a sandbox container; empty: none.")
+    pause_image: str = key("", "Runs as each pod's sandbox container; empty: pods have and need none.")
     pinned_images: list[str] = key([], "Never removed by the kubelet: exact names, foo*, *foo*.")
     max_manifest_bytes: int = key(4 * 1024 * 1024, "Largest manifest that is read.", at_least(4096))
     max_config_bytes: int = key(8 * 1024 * 1024, "Largest image configuration that is read.", at_least(4096))
