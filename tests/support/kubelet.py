@@ -103,6 +103,10 @@ class Kubelet:
         path = Path(self.status(container_id).log_path)
         return "".join(f"{line.split(' ', 3)[3]}\n" for line in path.read_text().splitlines())
 
+    def wait_for_log(self, container_id: str, text: str) -> None:
+        """Wait until a container has printed a text."""
+        wait_for(lambda: text in self.log(container_id), f"the container prints {text!r}")
+
     def status(self, container_id: str) -> Any:
         """ContainerStatus."""
         request = pb.ContainerStatusRequest(container_id=container_id)
