@@ -91,6 +91,22 @@ class Delete(Request[Empty]):
     """Kill what runs, delete the runtime's state, write the record; the monitor exits after the answer."""
 
 
+@request("monitor.container.update", idempotent=True)
+class Update(Request[Empty]):
+    """Change the limits of a created or running container: the OCI runtime's `update`, and its OOM score.
+
+    `resources` is the whole of the OCI linux.resources but for devices; `spec` and `keep` replace what
+    `create` brought. FAILED_PRECONDITION in another state, for a memory limit below what is in use, and with
+    the runtime's own sentence; then nothing is recorded.
+    """
+
+    resources: bytes
+    spec: bytes
+    keep: bytes = b""
+    oom_score_adj: int | None = None  # None: as it is
+    timeout_ms: int = 60_000
+
+
 class State(Body):
     container_id: str
     status: str  # "new", "created", "running", "stopped"

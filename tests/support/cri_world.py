@@ -80,6 +80,7 @@ class MonitorModel:
         self.started_at_ns = 0
         self.exit: monitor.ExitRecord | None = None
         self.stops: list[monitor.Stop] = []
+        self.updates: list[monitor.Update] = []
         self.spec = b""
         self.starting = False
         self._ended = asyncio.Event()
@@ -93,6 +94,7 @@ class MonitorModel:
             monitor.Wait: self.wait,
             monitor.Delete: self.delete,
             monitor.StateGet: self.state,
+            monitor.Update: self.update,
             monitor.LogReopen: self.reopen,
             monitor.ExecSync: self.exec_sync,
         }
@@ -109,6 +111,11 @@ class MonitorModel:
         if self.status == "created":
             self.status, self.started_at_ns = "running", time.time_ns()
         return monitor.Started(started_at_ns=self.started_at_ns)
+
+    async def update(self, body: monitor.Update) -> Empty:
+        self.updates.append(body)
+        (self.directory / "cri.json").write_bytes(body.keep)
+        return Empty()
 
     async def stop(self, body: monitor.Stop) -> monitor.Stopped:
         self.stops.append(body)

@@ -54,6 +54,8 @@ def runtime_service(service: Service) -> dict[str, RpcHandler]:
         "ListContainers": service.list_containers,
         "ContainerStatus": service.container_status,
         "ReopenContainerLog": service.reopen_container_log,
+        "UpdateContainerResources": service.update_container_resources,
+        "UpdatePodSandboxResources": service.update_pod_sandbox_resources,
         "ExecSync": service.exec_sync,
     }
 

@@ -302,17 +302,26 @@ class Store:
         self.containers.pop(container.id, None)
         self._of_pod.get(container.record.pod_id, {}).pop(container.id, None)
 
+    def save_pod_update(self, pod: Pod, config: pb.PodSandboxConfig) -> None:
+        """A pod's resources were told anew."""
+        row = (config.SerializeToString(), pod.id)
+        self._db.execute("UPDATE pods SET config = ? WHERE id = ?", row)
+        pod.config = config
+        self.kept.write(pod.id, self.keep_pod(pod))
+
     def keep_pod(self, pod: Pod) -> KeptPod:
         """A pod in the form that is kept beside the state."""
         return KeptPod(boot_id=self.boot_id, record=pod.record, config=pod.config.SerializeToString())
 
-    def keep_container(self, pod: Pod, container: Container) -> bytes:
-        """What a container's monitor keeps of it."""
+    def keep_container(
+        self, pod: Pod, container: Container, config: pb.ContainerConfig | None = None
+    ) -> bytes:
+        """What a container's monitor keeps of it; `config` if it is to be another one."""
         return msgspec.json.encode(
             KeptContainer(
                 boot_id=self.boot_id,
                 record=container.record,
-                config=container.config.SerializeToString(),
+                config=(config or container.config).SerializeToString(),
                 pod=self.keep_pod(pod),
             )
         )
@@ -365,6 +374,12 @@ class Store:
     def save_spec(self, container_id: str, spec: bytes) -> None:
         """Keep the OCI spec a container was made with: exec and verbose status read it."""
         self._db.execute("UPDATE containers SET spec = ? WHERE id = ?", (spec, container_id))
+
+    def save_update(self, container: Container, config: pb.ContainerConfig, spec: bytes) -> None:
+        """A container's limits were changed: what it was asked to be and its OCI spec, together."""
+        row = (config.SerializeToString(), spec, container.id)
+        self._db.execute("UPDATE containers SET config = ?, spec = ? WHERE id = ?", row)
+        container.config = config
 
     def spec(self, container_id: str) -> bytes:
         """The OCI spec of a container. Raises RemoteError(NOT_FOUND) before there is one."""

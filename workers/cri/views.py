@@ -145,12 +145,19 @@ def _network(pod: Pod) -> pb.PodSandboxNetworkStatus:
     )
 
 
+def _resources(told: pb.LinuxContainerResources) -> dict[str, Any]:
+    """What was told of a pod's resources, in the proto's words."""
+    return {field.name: str(value) for field, value in told.ListFields()}
+
+
 def _pod_info(pod: Pod) -> dict[str, str]:
     info = {
         "pid": pod.record.init_pid,
         "hostname": pod.record.hostname,
         "namespaces": pod.record.namespaces,
         "runtimeHandler": pod.record.handler,
+        "overhead": _resources(pod.config.linux.overhead),
+        "resources": _resources(pod.config.linux.resources),
         "cniResult": msgspec.Raw(pod.record.cni_result or b"null"),
     }
     return {"info": msgspec.json.encode(info).decode()}

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 
 MOUNT = "/sys/fs/cgroup"
+_CPU_QUOTA = "cpu.cfs_quota_us"
 
 
 def parse(text: str) -> dict[str, str]:
@@ -57,6 +58,15 @@ class Cgroups:
         own = {name: own_path(path, given, container_id) for name, path in rows.items()}
         return cls({name: directory(name, path) for name, path in own.items() if path})
 
+    @classmethod
+    def of_path(cls, given: str, container_id: str, mount: str = MOUNT) -> Cgroups:
+        """Find the groups of a container that never came to be, in every hierarchy."""
+        path = f"/{given.strip('/')}"
+        if container_id not in os.path.basename(path):
+            return cls({})
+        roots = [mount, *(f"{mount}/{name}" for name in os.listdir(mount))]
+        return cls({root: f"{root}{path}" for root in roots if os.path.isdir(f"{root}{path}")})
+
     @property
     def memory(self) -> str:
         """Directory that counts memory, "" if there is none."""
@@ -68,6 +78,26 @@ class Cgroups:
                 return path
         unified = self._directories.get("", "")
         return unified if len(self._directories) == 1 else ""
+
+    def memory_in_use(self) -> int:
+        """Bytes that the kernel cannot simply take back: usage without inactive files; 0 if unknown."""
+        base = self.memory
+        usage = _number(f"{base}/memory.current") or _number(f"{base}/memory.usage_in_bytes")
+        return max(0, usage - (_field(f"{base}/memory.stat", ("total_inactive_file", "inactive_file"))))
+
+    def has_cpu_quota(self) -> bool:
+        """Whether there is a CPU quota in the spelling of v1."""
+        return os.path.exists(f"{self._of('cpu')}/{_CPU_QUOTA}")
+
+    def unlimit_cpu(self) -> None:
+        """Take the CPU quota of v1 away."""
+        _write(f"{self._of('cpu')}/{_CPU_QUOTA}", "-1")
+
+    def limit_hugepages(self, page_size: str, limit: int) -> bool:
+        """Set the limit of one page size ("2MB"). False if it could not be."""
+        base = self._of("hugetlb")
+        files = (f"hugetlb.{page_size}.max", f"hugetlb.{page_size}.limit_in_bytes")
+        return bool(base) and any(_write(f"{base}/{name}", str(limit)) for name in files)
 
     @property
     def _tracking(self) -> str:
@@ -124,6 +154,24 @@ def _pids(path: str) -> list[int]:
             return [int(pid) for pid in file.read().split() if pid != b"0"]
     except OSError:
         return []
+
+
+def _number(path: str) -> int:
+    try:
+        with open(path, "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
+
+
+def _field(path: str, names: tuple[str, ...]) -> int:
+    """The first of the named fields of a flat keyed file, 0 without one."""
+    try:
+        with open(path, encoding="ascii") as file:
+            fields = dict(line.split(" ", 1) for line in file.read().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return next((int(fields[name]) for name in names if name in fields), 0)
 
 
 def _write(path: str, value: str) -> bool:

@@ -27,6 +27,7 @@ from ipc.messages.monitor import (
     Start,
     Started,
     State,
+    Update,
 )
 from workers.monitor import procfs, records
 from workers.monitor.cgroups import Cgroups
@@ -40,6 +41,7 @@ from workers.monitor.reaper import exit_code
 from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, start_exit_code
 from workers.monitor.stdio import LoggedStream, Owner, Source
 from workers.monitor.stopping import Stopper
+from workers.monitor.updating import Updates
 
 KILL_TIMEOUT = 10.0  # seconds for the runtime's `kill`, where it must be asked
 START_PATIENCE = 3.0  # seconds for the runtime's word on a start whose init has ended
@@ -100,6 +102,7 @@ class Container:
         self._cgroups = Cgroups({})
         self._oom: OomWatch | None = None
         self._stopper = Stopper(loop, self)
+        self._updates = Updates(self, log)
         self._execs: dict[int, Exec] = {}
         self._exec_count = 0
         self._created_ns = self._started_ns = self._finished_ns = 0
@@ -215,6 +218,8 @@ class Container:
     def _not_created(self, error: RemoteError) -> None:
         self._log.warning("container not created", error=error.text)
         self.status = Status.STOPPED
+        if self._request is not None:  # a runtime that failed half-way may have made groups
+            Cgroups.of_path(self._request.cgroup_path, self.container_id).remove()
         if self._file is not None:
             self._file.close()
         for answers in (self._creators, self._starters, self._waiters):
@@ -420,6 +425,26 @@ class Container:
         if self._stdin_fd is not None:
             os.close(self._stdin_fd)
             self._stdin_fd = None
+
+    # -- update ---------------------------------------------------------------------------------------
+
+    def update(self, request: Update, answer: Answer) -> None:
+        """Change the limits. Raises RemoteError."""
+        if self.status not in (Status.CREATED, Status.STARTING, Status.RUNNING):
+            raise precondition(
+                f"container {self.container_id} is {self.told_status}, neither created nor running"
+            )
+        self._updates.submit(request, answer)
+
+    @property
+    def groups(self) -> Cgroups:
+        """The container's control groups."""
+        return self._cgroups
+
+    @property
+    def init_pid(self) -> int:
+        """The container's first process."""
+        return self._pid
 
     # -- exec -----------------------------------------------------------------------------------------
 

@@ -16,11 +16,10 @@ from ipc.fds import close_all
 from ipc.loop import Loop
 from ipc.messages.monitor import Create
 from workers.monitor.console import ConsoleSocket
-from workers.monitor.records import write_file
+from workers.monitor.records import BUNDLE, CONFIG, write_file
 from workers.monitor.runtime import Launcher, Outcome, Runtime, Streams, read_pid
 from workers.monitor.stdio import Owner, make_pipe
 
-BUNDLE = "bundle"
 PID_FILE = "pid"
 CONSOLE = "tty.sock"  # no longer than ctl.sock, whose path is known to fit
 
@@ -38,7 +37,7 @@ def write_bundle(directory: str, spec: bytes) -> str:
     """Write the bundle, return its path. The directory's group, cri, may read it. Raises OSError."""
     bundle = os.path.join(directory, BUNDLE)
     os.makedirs(bundle, mode=0o750, exist_ok=True)
-    write_file(os.path.join(bundle, "config.json"), spec, mode=0o640)
+    write_file(os.path.join(bundle, CONFIG), spec, mode=0o640)
     return bundle
 
 

@@ -65,6 +65,7 @@ class Service:
             Handler(messages.Stop, self.stop, CALLERS),
             Handler(messages.Wait, self.wait, CALLERS),
             Handler(messages.Delete, self.delete, CALLERS),
+            Handler(messages.Update, self.update, CALLERS),
             Handler(messages.StateGet, self.state, CALLERS),
             Handler(messages.LogReopen, self.log_reopen, CALLERS),
             Handler(messages.ExecSync, self.exec_sync, CALLERS),
@@ -91,6 +92,10 @@ class Service:
     def delete(self, call: Call, _body: messages.Delete) -> None:
         call.doing = "deleting"
         self._container.delete(_answer(call, lambda _record: Empty()))
+
+    def update(self, call: Call, body: messages.Update) -> None:
+        call.doing = "runtime update"
+        self._container.update(body, _answer(call))
 
     def state(self, _call: Call, _body: messages.StateGet) -> messages.State:
         return self._container.state()

@@ -16,6 +16,7 @@ from ipc.messages.monitor import ExitRecord
 
 STATE = "state.json"
 EXIT = "exit.json"
+BUNDLE, CONFIG = "bundle", "config.json"
 KEPT = "cri.json"
 OOM_KILLED = "OOMKilled"
 COMPLETED = "Completed"
@@ -82,6 +83,13 @@ def write_file(path: str, data: bytes, *, mode: int = 0o600, durable: bool = Fal
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_updated(directory: str, spec: bytes, kept: bytes) -> None:
+    """Replace the bundle's config.json and, if there are any, the caller's words. Raises OSError."""
+    _replace(os.path.join(directory, BUNDLE), CONFIG, spec, durable=False)
+    if kept:
+        write_kept(directory, kept)
 
 
 def _replace(directory: str, name: str, data: bytes, *, durable: bool) -> None:

@@ -167,7 +167,7 @@ def test_limits_are_passed_on() -> None:
         ],
     )
     assert limits(resources) == {
-        "cpu": {"shares": 2, "quota": -1, "period": 100_000, "cpus": "0-1,3", "mems": "0"},
+        "cpu": {"shares": 2, "period": 100_000, "cpus": "0-1,3", "mems": "0"},
         "memory": {"limit": 2**20, "swap": 2**21},
         "hugepageLimits": [{"pageSize": "2MB", "limit": 2**63 - 1}, {"pageSize": "1GB", "limit": 0}],
         "unified": {"memory.high": "max"},
@@ -333,6 +333,17 @@ def test_annotations_are_passed_on_as_allowed_and_never_those_that_runtimes_act_
     assert made["annotations"] == ours | passed
     made = make.spec(config, sandbox=pod, settings=make.settings(runtimes=[everything]))
     assert made["annotations"] == ours | passed | {"exactly": "4", "other": "6"}
+
+
+def test_systemd_is_told_to_make_no_group_below_the_containers_scope() -> None:
+    key = "run.oci.systemd.subgroup"
+    config = make.container(annotations={key: "elsewhere"})
+    everything = make.settings(
+        runtimes=[Runtime(name="crun", path="/c", root="/r", allowed_annotations=["*"])]
+    )
+    made = make.spec(config, host=make.host(cgroup_driver="systemd"), settings=everything)
+    assert made["annotations"][key] == ""
+    assert key not in make.spec(config, settings=everything)["annotations"]
 
 
 def test_labels_of_the_image_go_nowhere() -> None:

@@ -424,6 +424,22 @@ def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path, loop: Loop
     watch.close()
 
 
+@pytest.mark.parametrize(("total", "kills"), [(7, 0), (8, 1), (5, 0)])
+def test_a_group_that_vanished_unread_is_told_by_its_parents_counter(
+    tmp_path: Path, loop: Loop, total: int, kills: int
+) -> None:
+    group = tmp_path / "container.scope"
+    group.mkdir()
+    (group / oom.V2_FILE).write_bytes(b"oom_kill 0\n")
+    (tmp_path / oom.V2_FILE).write_bytes(b"oom_kill 7\n")
+    watch = oom.OomWatch(loop, str(group), 2, follow=True)
+    (tmp_path / oom.V2_FILE).write_bytes(f"oom_kill {total}\n".encode())
+    (group / oom.V2_FILE).unlink()
+    group.rmdir()
+    assert watch.kills() == kills
+    watch.close()
+
+
 def test_without_a_memory_group_there_are_no_kills(loop: Loop) -> None:
     watch = oom.OomWatch(loop, "", 2, follow=True)
     assert watch.kills() == 0
@@ -502,3 +518,39 @@ def test_a_terminal_is_taken_once_and_the_socket_goes(tmp_path: Path, loop: Loop
         os.close(fd)
     client.close()
     impostor.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "used"),
+    [
+        ({"memory.current": "1000", "memory.stat": "anon 3\ninactive_file 400\n"}, 600),
+        ({"memory.usage_in_bytes": "1000", "memory.stat": "total_inactive_file 300\ninactive_file 1\n"}, 700),
+        ({"memory.current": "10", "memory.stat": "inactive_file 400\n"}, 0),
+        ({"memory.current": "10"}, 10),
+        ({}, 0),
+    ],
+)
+def test_memory_in_use_is_what_the_kernel_cannot_take_back(
+    tmp_path: Path, files: dict[str, str], used: int
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert Cgroups({"memory": str(tmp_path)}).memory_in_use() == used
+
+
+def test_groups_of_a_container_that_never_came_to_be_are_its_own_alone(tmp_path: Path) -> None:
+    for group in ("cpu/pod/bulkhead-c1", "memory/pod/bulkhead-c1", "memory/pod/other"):
+        (tmp_path / group).mkdir(parents=True)
+    Cgroups.of_path("/pod/bulkhead-c1", "c1", str(tmp_path)).remove()
+    Cgroups.of_path("/pod/other", "c1", str(tmp_path)).remove()
+    Cgroups.of_path("", "c1", str(tmp_path)).remove()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*/*"))
+    assert left == ["memory/pod/other"]
+
+
+def test_huge_pages_are_limited_in_either_spelling(tmp_path: Path) -> None:
+    groups = Cgroups({"hugetlb": str(tmp_path)})
+    assert not groups.limit_hugepages("2MB", 5)
+    (tmp_path / "hugetlb.2MB.limit_in_bytes").touch()
+    assert groups.limit_hugepages("2MB", 5)
+    assert (tmp_path / "hugetlb.2MB.limit_in_bytes").read_text() == "5"

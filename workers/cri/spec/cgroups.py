@@ -98,7 +98,7 @@ def _cpu(request: api_pb2.LinuxContainerResources) -> dict[str, Any]:
         raise invalid(f"cpu_quota: {request.cpu_quota} is neither a time nor -1 for no limit")
     values = {
         "shares": validate.not_negative("cpu_shares", request.cpu_shares),
-        "quota": request.cpu_quota,
+        "quota": max(0, request.cpu_quota),  # a new group has none, and crun 1.8 cannot write -1
         "period": validate.not_negative("cpu_period", request.cpu_period),
         "cpus": validate.cpuset("cpuset_cpus", request.cpuset_cpus),
         "mems": validate.cpuset("cpuset_mems", request.cpuset_mems),

@@ -75,13 +75,14 @@ def update(
     """What is to be done for limits that `merged` made. Raises RemoteError."""
     notes = Notes()
     limits = cgroups.resources(new, host, notes)
+    told = limits if new.cpu_quota >= 0 else limits | {"cpu": limits.get("cpu", {}) | {"quota": -1}}
     decoded: dict[str, Any] = msgspec.json.decode(spec)
     kept = {key: value for key, value in decoded["linux"]["resources"].items() if key not in _PARTS}
     decoded["linux"]["resources"] = limits | kept
     score = process.oom_score_of(new.oom_score_adj, host, notes) if asked.oom_score_adj else None
     if score is not None:
         decoded["process"]["oomScoreAdj"] = score
-    return Update(msgspec.json.encode(limits), msgspec.json.encode(decoded), score, notes.all())
+    return Update(msgspec.json.encode(told), msgspec.json.encode(decoded), score, notes.all())
 
 
 def check(request: api_pb2.UpdateContainerResourcesRequest) -> None:
