@@ -22,6 +22,7 @@ from ipc.loop import Loop
 from ipc.messages.supervisor import HostInfo, RuntimeInfo
 from supervisor.cgroup import Hierarchies
 from supervisor.config import Config, RuntimeConfig, crun_refuses_host
+from supervisor.files import find_program
 from supervisor.reaper import Reaper
 from supervisor.spawn import spawn_program
 
@@ -30,6 +31,13 @@ OUTPUT_LIMIT = 256 * 1024
 #: Runtimes whose every release since 1.0 joins a user namespace by its path, and whose older ones have no
 #: `features` to say so.
 JOINS_USER_NAMESPACES = re.compile(r"(?:crun|runc) version (?:[1-9]\d*)\.")
+APPARMOR_DEFAULT = "bulkhead-default"
+APPARMOR_PROFILES = "/sys/kernel/security/apparmor/profiles"
+#: Where our profile is: installed, or in a clone.
+APPARMOR_FILES = (
+    f"/etc/apparmor.d/{APPARMOR_DEFAULT}",
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), "packaging/common/apparmor", APPARMOR_DEFAULT),
+)
 OCI_VERSION_OLD = "1.0.2"  # what a runtime without `features` is known to take
 
 
@@ -99,7 +107,21 @@ class HostProbe:
         for name, runtime in self._config.runtimes.items():
             self._ask(runtime, "--version", functools.partial(self._version, name))
             self._ask(runtime, "features", functools.partial(self._feature, name))
+        if self._info.apparmor:
+            self._load_profile()
         self._maybe_done()
+
+    def _load_profile(self) -> None:
+        """Give the kernel our AppArmor profile, unless it has it or another one is configured."""
+        name = self._config.containers.apparmor_profile
+        command = apparmor_command(name, _read(APPARMOR_PROFILES))
+        if command:
+            self._run(command, functools.partial(self._profile_loaded, name))
+
+    def _profile_loaded(self, name: str, code: int, output: bytes) -> None:
+        if code:
+            why = output.decode("utf-8", "replace").strip()[:200]
+            self._info.degraded.append(f"the AppArmor profile {name} cannot be loaded: {why or code}")
 
     def when_done(self, callback: Callable[[HostInfo], object]) -> None:
         """Call back with the facts, now or when the last program has ended."""
@@ -109,16 +131,19 @@ class HostProbe:
             callback(self._info)
 
     def _ask(self, runtime: RuntimeConfig, word: str, done: Callable[[int, bytes], object]) -> None:
+        self._run([runtime.path, *runtime.args, word], done)
+
+    def _run(self, argv: list[str], done: Callable[[int, bytes], object]) -> None:
         def ended(code: int, output: bytes) -> None:
             self._open -= 1
             done(code, output)
             self._maybe_done()
 
         try:
-            Program(self._loop, self._reaper, [runtime.path, *runtime.args, word], ended)
+            Program(self._loop, self._reaper, argv, ended)
             self._open += 1
         except OSError as error:
-            self._log.warning("runtime cannot be asked", path=runtime.path, why=error.strerror)
+            self._log.warning("program cannot be run", path=argv[0], why=error.strerror)
 
     def _version(self, name: str, code: int, output: bytes) -> None:
         if code == 0:
@@ -147,6 +172,18 @@ class HostProbe:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback(self._info)
+
+
+def apparmor_command(name: str, profiles: str) -> list[str]:
+    """What loads the AppArmor profile, [] where there is nothing to do or nothing to do it with.
+
+    `profiles` is the kernel's list. A profile of another name is its administrator's to load.
+    """
+    if name != APPARMOR_DEFAULT or any(line.startswith(f"{name} (") for line in profiles.splitlines()):
+        return []
+    parser = find_program("apparmor_parser")
+    file = next((path for path in APPARMOR_FILES if os.path.isfile(path)), "")
+    return [parser, "--replace", "--skip-cache", file] if parser and file else []
 
 
 def version_of(output: str) -> str:
