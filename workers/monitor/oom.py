@@ -2,8 +2,11 @@
 
 Did the OOM killer take a process of the container? The kernel counts its kills in the memory group
 (`oom_kill` in v2's memory.events, in v1's memory.oom_control), so reading once at the end is exact for the
-shortest life. Only systemd removes a group as soon as it is empty: there the counter is also followed while
-the container lives, and the last count seen is kept.
+shortest life. Only systemd removes a group as soon as it is empty, and then its file cannot be read even
+through an open descriptor: there the counter is also followed while the container lives, and the last count
+seen is kept. On v2 the parent's counter holds what its children counted, gone ones too, so what it has gained
+since the container's own was last read was the container's. (A sibling's kill in the same milliseconds
+would be taken for it; no other trace of the kill is left.)
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ class OomWatch:
         self._memory = memory
         self._version = version
         self._seen = 0
+        #: The parent's count without this container's, as long as that could be told.
+        self._others: int | None = None
         self._fds: list[int] = []
         self._epoll: select.epoll | None = None
         if follow and memory:
@@ -66,7 +71,14 @@ class OomWatch:
         count = count_kills(self._memory, self._version) if self._memory else None
         if count is not None:
             self._seen = count
+        elif self._others is not None:
+            total = _kills(self._parent)
+            self._seen = max(self._seen, (total or 0) - self._others)
         return self._seen
+
+    @property
+    def _parent(self) -> str:
+        return f"{os.path.dirname(self._memory)}/{V2_FILE}"
 
     def close(self) -> None:
         """Stop following."""
@@ -83,23 +95,33 @@ class OomWatch:
         file = V2_FILE if self._version == 2 else V1_FILE
         self._fds.append(os.open(f"{self._memory}/{file}", os.O_RDONLY | os.O_CLOEXEC))
         if self._version == 2:
-            self._follow_v2(self._fds[0])
+            self._follow_v2()
         else:
             self._follow_v1(self._fds[0])
 
-    def _follow_v2(self, fd: int) -> None:
+    def _follow_v2(self) -> None:
+        with contextlib.suppress(OSError):  # the root has no such file
+            self._fds.append(os.open(self._parent, os.O_RDONLY | os.O_CLOEXEC))
+        self._read_v2()
         # A kernfs file is always readable; its events are EPOLLPRI, which the loop does not ask for.
-        self._epoll = select.epoll()
-        self._epoll.register(fd, select.EPOLLPRI)
-        self._loop.add_reader(self._epoll.fileno(), self._changed_v2)
+        epoll = select.epoll()
+        self._epoll = epoll
+        self._loop.add_reader(epoll.fileno(), self._changed_v2)
+        for each in self._fds:
+            epoll.register(each, select.EPOLLPRI)
 
     def _changed_v2(self) -> None:
         try:
-            count = parse_kills(os.pread(self._fds[0], 4096, 0))
+            self._read_v2()
         except OSError:  # ENODEV: the group is gone and the file would be ready for ever
             self.close()
-            return
-        self._seen = max(self._seen, count or 0)
+
+    def _read_v2(self) -> None:
+        # The parent's first: a kill between the two readings is then counted once at least, never lost.
+        total = parse_kills(os.pread(self._fds[1], 4096, 0)) if len(self._fds) > 1 else None
+        count = parse_kills(os.pread(self._fds[0], 4096, 0)) or 0
+        self._seen = max(self._seen, count)
+        self._others = None if total is None else total - count
 
     def _follow_v1(self, fd: int) -> None:
         event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

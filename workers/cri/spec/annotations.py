@@ -21,6 +21,9 @@ DENIED = (
     "io.kubernetes.cri.",
 )
 _OWN = "io.kubernetes.cri."
+#: Under systemd on cgroup v2 crun puts a container into a group of this name below its scope. The kubelet and
+#: its kin look at the scope; empty means none.
+_SUBGROUP = "run.oci.systemd.subgroup"
 
 
 def of_container(inputs: SpecInputs) -> dict[str, str]:
@@ -59,4 +62,5 @@ def _ours(inputs: SpecInputs) -> dict[str, str]:
         "image-id": inputs.image_id,
         "image-name": inputs.config.image.user_specified_image or inputs.config.image.image,
     }
-    return {_OWN + key: value for key, value in values.items()}
+    own = {_OWN + key: value for key, value in values.items()}
+    return own | {_SUBGROUP: ""} if inputs.host.cgroup_driver == "systemd" else own

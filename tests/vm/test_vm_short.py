@@ -1,0 +1,21 @@
+"""The essential cases of tests/vm/inside/, in one boot of a virtual machine: cgroup v2, systemd as PID 1."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import vm_cases
+
+
+@pytest.fixture(scope="module")
+def results() -> vm_cases.Results:
+    return vm_cases.run(short=True, seconds=300)
+
+
+@pytest.mark.parametrize("case", vm_cases.names(short=True))
+def test_in_the_virtual_machine(results: vm_cases.Results, case: str) -> None:
+    results.check(case)
+
+
+def test_the_machine_ended_in_order(results: vm_cases.Results) -> None:
+    assert results.outcome.exit_code == 0, results.tail()
