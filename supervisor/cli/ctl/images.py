@@ -6,8 +6,10 @@ Images: images, inspecti, pull (with a progress bar), rmi, imagefsinfo.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 
 import grpc
 import msgspec
@@ -81,40 +83,43 @@ def pull(connection: Connection, options: argparse.Namespace) -> int:
         user, separator, password = options.creds.partition(":")
         request.auth.username = user
         request.auth.password = password if separator else sys.stdin.readline().rstrip("\n")
-    stop = threading.Event()
-    watcher = None
-    if sys.stderr.isatty() and not options.no_progress:
-        watcher = threading.Thread(target=_progress, args=(connection, options.name, stop), daemon=True)
-        watcher.start()
-    try:
+    shown = sys.stderr.isatty() and not options.no_progress
+    with _bar(connection, options.name) if shown else contextlib.nullcontext():
         answer = connection.call(connection.images.PullImage, request, timeout=max(connection.timeout, 3600))
-    finally:
-        stop.set()
-        if watcher is not None:
-            watcher.join(1)
     print(f"Image is up to date for {answer.image_ref}")
     return 0
 
 
-def _progress(connection: Connection, name: str, stop: threading.Event) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
+@contextlib.contextmanager
+def _bar(connection: Connection, name: str) -> Iterator[None]:
+    """Draw the progress meanwhile. The bar is gone at the end: what is printed over it would be lost."""
     watch = connection.channel.unary_stream(
         WATCH_PULLS, request_serializer=bytes, response_deserializer=bytes
     )
+    states = watch(b"")
+    drawer = threading.Thread(target=_draw, args=(states, name), daemon=True)
+    drawer.start()
+    try:
+        yield
+    finally:
+        states.cancel()
+        drawer.join()
+
+
+def _draw(states: Iterable[bytes], name: str) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=None)
         try:
-            for data in watch(b""):
+            for data in states:
                 for state in msgspec.json.decode(data, type=list[PullState]):
                     if state.reference == name or state.reference.endswith((f"/{name}", f"/{name}:latest")):
                         bar.update(task, total=state.bytes_total or None, completed=state.bytes_done)
-                if stop.is_set():
-                    return
         except grpc.RpcError:
-            return  # the bar is a courtesy; the pull's own answer counts
+            return  # cancelled, or broken: the bar is a courtesy, the pull's own answer counts
 
 
 def remove_images(connection: Connection, options: argparse.Namespace) -> int:
