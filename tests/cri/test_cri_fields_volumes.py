@@ -179,6 +179,37 @@ def test_volumes_that_an_image_declares_are_directories(kubelet: Kubelet, handle
     assert kubelet.execute(container_id, *SHELL, "touch /var/data/x && stat -c %a /cache") == "755\n"
 
 
+# -- in a user namespace ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_image_volumes_belong_to_the_root_of_the_pods_user_namespace(kubelet: Kubelet, handler: str) -> None:
+    sandbox = kubelet.mapped_sandbox()
+    users = sandbox.linux.security_context.namespace_options.userns_options
+    mount = image_mount(kubelet, image_sub_path="data", uidMappings=users.uids, gidMappings=users.gids)
+    container_id = kubelet.running(handler, sandbox=sandbox, mounts=[mount])
+    assert kubelet.execute(container_id, "cat", "/volume/hello") == "from the image\n"
+    assert kubelet.execute(container_id, "stat", "-c", "%u:%g", "/volume/hello") == "0:0\n"
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_declared_volumes_belong_to_the_root_of_the_pods_user_namespace(
+    kubelet: Kubelet, handler: str
+) -> None:
+    container_id = kubelet.running(handler, image="declared", sandbox=kubelet.mapped_sandbox())
+    script = "stat -c %u:%g /var/data /cache && touch /cache/x"
+    assert kubelet.execute(container_id, *SHELL, script) == "0:0\n0:0\n"
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_nothing_is_masked_in_a_pod_with_a_user_namespace_that_masks_nothing(
+    kubelet: Kubelet, handler: str
+) -> None:
+    container_id = kubelet.running(handler, sandbox=kubelet.mapped_sandbox())
+    masked = kubelet.execute(container_id, *SHELL, "grep -c ' /proc/' /proc/self/mountinfo || true")
+    assert masked == "0\n"
+
+
 # -- CDI --------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,15 @@ class Kubelet:
         config.linux.security_context.namespace_options.pid = pb.NamespaceMode.CONTAINER
         return config
 
+    def mapped_sandbox(self, host_id: int = 200_000, length: int = 65_536) -> pb.PodSandboxConfig:
+        """A pod with a user namespace."""
+        config = self.sandbox()
+        users = config.linux.security_context.namespace_options.userns_options
+        users.mode = pb.NamespaceMode.POD
+        for mappings in (users.uids, users.gids):
+            mappings.add(host_id=host_id, container_id=0, length=length)
+        return config
+
     def run_pod(self, config: pb.PodSandboxConfig, handler: str = "") -> str:
         """RunPodSandbox."""
         request = pb.RunPodSandboxRequest(config=config, runtime_handler=handler)
