@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from ipc import settings
 from supervisor import configtext
-from supervisor.cli.bulkhead import main
+from supervisor.cli.bulkhead import VERSION, main
 from supervisor.config import Config, RuntimeConfig, UsersConfig
 from supervisor.configfile import ConfigError, find_line, key_paths, load
 from supervisor.sandbox.spec import Identity
@@ -183,6 +184,11 @@ def test_config_and_version_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
         path.write_text(text)
         assert main(["config", "--config", str(path)]) == 2
         assert fault in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    pyproject = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text())["project"]["version"] == VERSION
 
 
 # -- what workers are told -------------------------------------------------------------------------
