@@ -22,8 +22,8 @@ from workers.cri.node import Node
 from workers.cri.operations import Key, uncancelled
 from workers.cri.peers import SHORT, settle_all, together, within
 from workers.cri.sandbox import Sandboxes
+from workers.cri.spec import cgroups, userns, validate
 from workers.cri.spec import pod as podspec
-from workers.cri.spec import userns, validate
 from workers.cri.state import Phase, Pod, PodRecord, pod_name
 
 #: Seconds between attempts to remove what is left of a pod: doubled up to the second number, for ever.
@@ -67,7 +67,11 @@ class Pods:
         """Everything that can be said before anything is made. Raises RemoteError(INVALID_ARGUMENT)."""
         validate.pod(config)
         any_id = new_id()
-        podspec.network_setup(any_id, config, default_sysctls=self._node.settings.default_sysctls)
+        settings = self._node.settings
+        cgroups.cgroup_path(
+            settings.cgroup_driver, config.linux.cgroup_parent, settings.default_cgroup_parent, any_id
+        )
+        podspec.network_setup(any_id, config, default_sysctls=settings.default_sysctls)
         podspec.storage_setup(any_id, config, node_name=self._node.node_name)
 
     async def _need_user_namespaces(self, handler: str) -> None:
