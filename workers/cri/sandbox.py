@@ -68,7 +68,7 @@ def container_config(pod: Pod) -> pb.ContainerConfig:
     security.readonly_rootfs = security.no_new_privs = True
     security.capabilities.drop_capabilities.append("ALL")
     security.supplemental_groups.extend(sandbox.supplemental_groups)
-    for name in ("run_as_user", "run_as_group", "seccomp", "selinux_options"):
+    for name in ("run_as_user", "run_as_group", "seccomp", "apparmor", "selinux_options"):
         if sandbox.HasField(name):
             getattr(security, name).CopyFrom(getattr(sandbox, name))
     security.namespace_options.CopyFrom(sandbox.namespace_options)
