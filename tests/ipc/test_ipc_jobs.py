@@ -6,13 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ipc.errors import Code, RemoteError
 from ipc.loop import Loop
-from workers.jobs import Jobs
+from workers.jobs import Beside, Jobs
 
 
 @pytest.fixture
@@ -112,3 +113,34 @@ def test_children_die_with_their_worker() -> None:
     assert not os.path.exists(f"/proc/{child}/exe")
     os.close(read)
     os.close(write)
+
+
+def test_a_process_beside_takes_its_steps_when_it_is_told_to(tmp_path: Path) -> None:
+    steps = [(tmp_path / "one").touch, lambda: (tmp_path / "two").write_text(str(os.getpid()))]
+    with Beside(*steps) as other:
+        assert list(tmp_path.iterdir()) == []
+        other.step()
+        assert [path.name for path in tmp_path.iterdir()] == ["one"]
+        other.step()
+        assert (tmp_path / "two").read_text() == str(other.pid) != str(os.getpid())
+    with pytest.raises(ProcessLookupError):
+        os.kill(other.pid, 0)
+
+
+def test_what_a_step_raises_is_raised_here() -> None:
+    def refuse() -> None:
+        raise RemoteError(Code.NOT_FOUND, "not there")
+
+    with Beside(refuse, lambda: os.rmdir("/nonexistent")) as other:
+        with pytest.raises(RemoteError, match="not there") as refused:
+            other.step()
+        assert refused.value.code is Code.NOT_FOUND
+        with pytest.raises(FileNotFoundError):
+            other.step()
+
+
+def test_a_process_beside_that_dies_is_an_error() -> None:
+    with Beside(lambda: os.kill(os.getpid(), signal.SIGKILL)) as other:
+        with pytest.raises(RemoteError) as caught:
+            other.step()
+        assert caught.value.code is Code.UNAVAILABLE

@@ -99,7 +99,6 @@ def named(config: api_pb2.ContainerConfig) -> api_pb2.ContainerConfig:
     config.metadata.name = "main"
     for field in ("CDI_devices", "windows"):
         config.ClearField(field)
-    config.linux.security_context.namespace_options.ClearField("userns_options")
     for mount in config.mounts:
         for field in ("image", "image_sub_path", "uidMappings", "gidMappings"):
             mount.ClearField(field)

@@ -224,7 +224,7 @@ def test_a_program_is_found_like_a_shell_finds_it(tmp_path: Path) -> None:
 RUNC = {
     "ociVersionMax": "1.1.0",
     "mountOptions": ["ro", "rro"],
-    "linux": {"mountExtensions": {"idmap": {"enabled": True}}},
+    "linux": {"namespaces": ["mount", "user"], "mountExtensions": {"idmap": {"enabled": True}}},
 }
 
 
@@ -232,7 +232,7 @@ def test_a_runtimes_features_are_read_as_the_specification_writes_them() -> None
     config = Config(runtimes={"runc": RuntimeConfig(path="/r")}, default_runtime="runc")
     info = hostinfo.runtime_info(config, "runc", "1.2", RUNC)
     assert (info.known, info.recursive_read_only, info.idmap) == (True, True, True)
-    assert (info.oci_version_max, info.default) == ("1.1.0", True)
+    assert (info.oci_version_max, info.default, info.user_namespaces) == ("1.1.0", True, True)
 
 
 @pytest.mark.parametrize("features", [None, {}, {"mountOptions": 3, "linux": []}])
@@ -240,6 +240,21 @@ def test_a_runtime_that_says_little_or_nonsense_is_taken_as_old(features: dict[s
     config = Config(runtimes={"crun": RuntimeConfig(path="/c")})
     info = hostinfo.runtime_info(config, "crun", "", features)
     assert (info.recursive_read_only, info.idmap, info.oci_version_max) == (False, False, "1.0.2")
+    assert not info.user_namespaces
+
+
+@pytest.mark.parametrize(
+    ("output", "joins"),
+    [
+        ("crun version 1.8.1\n", True),
+        ("runc version 1.1.5+ds1\n", True),
+        ("crun version 0.21\n", False),
+        ("runsc version release-20230904.0\n", False),
+        ("", False),
+    ],
+)
+def test_the_runtimes_that_join_a_user_namespace_are_known_by_their_version(output: str, joins: bool) -> None:
+    assert (hostinfo.JOINS_USER_NAMESPACES.match(output) is not None) == joins
 
 
 @pytest.mark.parametrize(
