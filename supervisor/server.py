@@ -228,12 +228,12 @@ class Supervisor:
 
     def _outliving(self) -> Iterable[WorkerState]:
         for init in self.inits.states():
-            state = "ready" if init.alive else "idle"
+            state = "ready" if init.alive else "ended"
             yield WorkerState(
                 kind="init", name=f"init {init.pod_id}", state=state, pid=init.pid, uid=self.who["init"].uid
             )
         for monitor in self.monitors.states():
-            state = "ready" if monitor.alive else "idle"
+            state = "ready" if monitor.alive else "ended"
             yield WorkerState(
                 kind="monitor", name=f"monitor {monitor.container_id}", state=state, pid=monitor.pid
             )

@@ -153,7 +153,8 @@ class SandboxReport(Body):
 class WorkerState(Body):
     kind: str  # as in the process table; "supervisor" and "monitor" too
     name: str  # kind, or "monitor <id>"
-    state: str  # starting, ready, stopping, idle (on demand, none runs), backoff, failed
+    #: starting, ready, stopping, idle (on demand, none runs), backoff, failed; ended (monitors and inits)
+    state: str
     pid: int = 0
     started_at_ns: int = 0  # wall clock, for people
     restarts: int = 0

@@ -63,6 +63,12 @@ class Containers:
         record = ContainerRecord(id=new_id(), pod_id=pod.id, created_at_ns=time.time_ns())
         return await self._build(pod, self._store.add_container(record, config))
 
+    def why_unreachable(self, container: Container, error: RemoteError) -> RemoteError:
+        """A monitor that has gone because its container ended is no fault of the runtime's."""
+        if error.code is Code.UNAVAILABLE and self._watcher.read_record(container.id) is not None:
+            return precondition(f"container {container.id} has ended")
+        return error
+
     async def resume(self, pod: Pod, container: Container) -> str:
         """Finish a container that the last worker began; every step may be repeated."""
         key = ("container.create", *container.name)

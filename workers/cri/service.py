@@ -175,7 +175,10 @@ class Service:
         seconds = min(max(0, request.timeout), MAX_EXEC)
         asked = monitor.ExecSync(process=process, timeout_ms=seconds * 1000)
         timeout = rpc.timeout(seconds + EXEC_MARGIN if seconds else UNLIMITED)
-        done = await self.node.peers.monitor(container.id).call(asked, timeout=timeout)
+        try:
+            done = await self.node.peers.monitor(container.id).call(asked, timeout=timeout)
+        except RemoteError as error:
+            raise self.containers.why_unreachable(container, error) from error
         if done.timed_out:
             raise RemoteError(Code.DEADLINE_EXCEEDED, f"command timed out after {seconds} s")
         return pb.ExecSyncResponse(stdout=done.stdout, stderr=done.stderr, exit_code=done.exit_code)
