@@ -1,4 +1,4 @@
-"""An answer that could not be had from a monitor says why: the container has ended, or the runtime is at fault."""
+"""What could not be asked of a monitor says why: the container has ended, or the runtime is at fault."""
 
 from __future__ import annotations
 
