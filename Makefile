@@ -7,20 +7,29 @@ STAMP := $(VENV)/.installed
 PACKAGES := python3 python3-venv crun runc containernetworking-plugins iptables nftables iproute2 \
 	util-linux procps kmod attr libcap2-bin docker-registry skopeo umoci busybox-static apache2-utils \
 	openssl strace gcc libc6-dev
+VM_PACKAGES := user-mode-linux mmdebstrap e2fsprogs
 BENCH_PACKAGES := conmon containerd podman
 
+# $(call install,PACKAGES) installs those that are missing.
+define install
+	@missing=$$(for p in $(1); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing:" $$missing; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help system setup demo test bench test-unit test-root test-crash test-fuzz lint proto lock clean
+.PHONY: help system system-vm setup vm-image demo test bench test-unit test-root test-crash test-vm test-fuzz lint proto lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
 system: ## Install the Debian packages that a node and the tests need
-	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
-	if [ -n "$$missing" ]; then \
-		echo "installing:" $$missing; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-	fi
+	$(call install,$(PACKAGES))
+
+system-vm: ## Install what virtual machines take
+	$(call install,$(VM_PACKAGES))
 
 $(STAMP): requirements-dev.lock pyproject.toml | system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,7 +42,10 @@ setup: system $(STAMP) ## Packages, virtual environment, Bulkhead in it
 demo: setup ## Start Bulkhead, pull an image, run a pod, show its log, status and workers, clean up
 	@$(BIN)/python -m tests.support.demo
 
-test: setup ## All tests, linters among them
+vm-image: setup system-vm ## Build the root file system of the virtual machines, if it is not there (half a minute)
+	@$(BIN)/python -m tests.support.vm_image
+
+test: setup vm-image ## All tests, linters among them
 	@$(BIN)/python -m pytest
 
 test-unit: setup ## Tests that need neither root nor a runtime
@@ -45,12 +57,14 @@ test-root: setup ## Tests of single workers with the real parts
 test-crash: setup ## Every process killed in the middle of every operation
 	@$(BIN)/python -m pytest tests/crash
 
+test-vm: setup vm-image ## Everything about cgroup v2 and systemd, in a virtual machine
+	@$(BIN)/python -m pytest tests/vm/long_vm.py
+
 test-fuzz: setup ## Long fuzzing of what parses input from outside
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/fuzz
 
 bench: setup ## Figures, against the bare runtime and against Debian's peers
-	@for p in $(BENCH_PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q 'ok installed' || \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$p >/dev/null; done
+	$(call install,$(BENCH_PACKAGES))
 	@$(BIN)/python -m tests.bench
 
 lint: setup ## ruff and mypy alone
@@ -60,4 +74,4 @@ proto: setup ## Generate the CRI modules anew from ipc/cri/api.proto
 	@$(BIN)/python -m ipc.cri.generate
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
