@@ -171,3 +171,19 @@ def test_stop_ends_it_and_remove_leaves_nothing(kubelet: Kubelet) -> None:
     request = pb.RemovePodSandboxRequest(pod_sandbox_id=pod_id)
     kubelet.node.runtime.RemovePodSandbox(request, timeout=30)
     assert not (kubelet.node.run_root / "monitors" / sandbox_id(pod_id)).exists()
+
+
+@pytest.mark.parametrize("shared_pid", [True, False])
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_the_sandbox_container_is_in_the_pods_user_namespace(
+    kubelet: Kubelet, handler: str, shared_pid: bool
+) -> None:
+    config = pod(kubelet, shared_pid=shared_pid)
+    options = config.linux.security_context.namespace_options.userns_options
+    options.mode = pb.NamespaceMode.POD
+    for ranges in (options.uids, options.gids):
+        ranges.add(host_id=300_000, container_id=0, length=65_536)
+    pod_id = kubelet.run_pod(config, handler)
+    pid = pause_pid(kubelet, pod_id)
+    assert namespace(pid, "user") != os.readlink("/proc/self/ns/user")
+    assert "Uid:\t365535\t365535" in Path(f"/proc/{pid}/status").read_text()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from ipc import kernel
+from ipc.messages import IdMapping
 from supervisor import sandbox
 from supervisor.table import TABLE
 from tests.support import sandboxed
 from tests.support.sandboxed import Host
+from workers.network import namespaces
 
 PLUGINS = "/usr/lib/cni"
 ENTRY = TABLE["network"].sandbox
@@ -95,6 +97,17 @@ def life_of_a_pod(base: str) -> None:
     in_a_child(lambda: kernel.setns(os.open(netns, os.O_RDONLY), kernel.CLONE_NEWNET))
     subprocess.run(["iptables-legacy", "-t", "nat", "-S"], check=True, capture_output=True)
     kernel.umount(netns)
+    life_of_a_user_namespace(f"{base}/mapped")
+
+
+def life_of_a_user_namespace(directory: str) -> None:
+    mappings = [IdMapping(container_id=0, host_id=200_000, length=65_536)]
+    pins = namespaces.paths(directory, ["net", "ipc", "uts", "user"])
+    sysctls = {"kernel.shmmax": "1000000", "net.ipv4.ping_group_range": "0\t65535"}
+    try:
+        namespaces.make(pins, hostname="inside", sysctls=sysctls, mappings=(mappings, mappings))
+    finally:
+        namespaces.unpin(directory)
 
 
 def pin(path: str) -> None:
