@@ -28,6 +28,8 @@ from supervisor.spawn import spawn_program
 
 PROGRAM_TIMEOUT = 5.0
 OUTPUT_LIMIT = 256 * 1024
+#: Keys of the configuration that the probe looks at.
+PROBED = frozenset({"runtimes", "default_runtime", "containers.apparmor_profile"})
 #: Runtimes whose every release since 1.0 joins a user namespace by its path, and whose older ones have no
 #: `features` to say so.
 JOINS_USER_NAMESPACES = re.compile(r"(?:crun|runc) version (?:[1-9]\d*)\.")
@@ -100,6 +102,9 @@ class HostProbe:
         self._joins: dict[str, bool] = {}
         self._features: dict[str, Mapping[str, Any]] = {}
         self._config = config
+        self._hierarchies = hierarchies
+        self._degraded = degraded
+        self._outdated = False
         self._info = static_info(config, hierarchies, degraded)
 
     def start(self) -> None:
@@ -110,6 +115,19 @@ class HostProbe:
         if self._info.apparmor:
             self._load_profile()
         self._maybe_done()
+
+    def restart(self, config: Config) -> None:
+        """What is probed (PROBED) is configured otherwise: ask anew, when who is asked now has answered."""
+        self._config, self._outdated = config, True
+        if not self._open:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._outdated = False
+        self._versions.clear()
+        self._features.clear()
+        self._info = static_info(self._config, self._hierarchies, self._degraded)
+        self.start()
 
     def _load_profile(self) -> None:
         """Give the kernel our AppArmor profile, unless it has it or another one is configured."""
@@ -160,6 +178,8 @@ class HostProbe:
     def _maybe_done(self) -> None:
         if self._open:
             return
+        if self._outdated:
+            return self._begin_anew()
         self._info.runtimes = [
             runtime_info(self._config, name, self._versions.get(name, ""), self._features.get(name))
             for name in self._config.runtimes

@@ -42,13 +42,13 @@ class _Starting:
 
 
 class Inits:
-    """All of them. `default_parent` is the cgroup parent of pods that name none."""
+    """All of them. `default_parent` is the cgroup parent of pods that name none; a reload may change it."""
 
     def __init__(self, ground: Ground, identity: Identity, run_root: str, default_parent: str) -> None:
         self._ground = ground
         self._identity = identity
         self._run_root = run_root
-        self._default_parent = default_parent
+        self.default_parent = default_parent
         self._empty = f"{run_root}/inits/.empty"
         self._starting: dict[str, list[Started]] = {}
 
@@ -89,7 +89,7 @@ class Inits:
 
     def _group(self, pod_id: str, cgroup_parent: str) -> str:
         try:
-            parent = parent_path(cgroup_parent or self._default_parent)
+            parent = parent_path(cgroup_parent or self.default_parent)
         except ValueError as error:
             raise invalid(str(error)) from error
         return f"{parent}/bulkhead-init-{pod_id[:SHORT_ID]}"

@@ -143,6 +143,8 @@ class Kind:
         for sentence in worker.report.degraded if worker.report else ():
             self._ground.log.warning("sandbox degraded", kind=self.entry.kind, lacks=sentence)
         self._ground.log.info("worker ready", kind=self.entry.kind, pid_of=worker.pid)
+        if worker.origin.settings != self._settings:  # they changed while it came up
+            worker.reload(msgspec.msgpack.encode(self._settings))
         self._arm()
         self._changed(self)
 

@@ -22,7 +22,7 @@ from ipc.loop import Loop
 from ipc.messages.supervisor import WorkerState
 from ipc.serve import Server
 from ipc.settings import MonitorSettings
-from supervisor import cgroup, directories, hostinfo, spawn
+from supervisor import cgroup, directories, hostinfo, reload, spawn
 from supervisor.config import Config
 from supervisor.configfile import ConfigError
 from supervisor.inits import Inits
@@ -46,8 +46,6 @@ from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
 from supervisor.worker import Ground
 
-#: Keys that a reload cannot change.
-FIXED = ("root", "run_root", "listen", "cgroup_manager", "users", "pools", "restart", "ops")
 SILENCE = 3  # a cri that is not killed although it is silent for so many limits: the watchdog may bite
 
 
@@ -266,17 +264,22 @@ class Supervisor:
             self._take(config)
         self._notifier.send(READY="1")
 
-    def _take(self, config: Config) -> None:
-        for name in FIXED:
-            if getattr(config, name) != getattr(self.config, name):
-                self.log.warning("this key takes a restart", key=name)
-        config = _with(config, self.config, FIXED)
-        self.config = config
+    def _take(self, wanted: Config) -> None:
+        change = reload.change(self.config, wanted)
+        for key in change.refused:
+            self.log.warning("this key takes a restart", key=key)
+        self.config = config = change.config
         self.log.level = LEVELS[config.log_level]
+        if "log_level" in change.taken:
+            self.log.info("monitors that run keep their log level")
+        self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config)
+        self.inits.default_parent = default_cgroup_parent(config)
         self._derivation = Derivation(config, self.who)
+        if hostinfo.PROBED & set(change.taken):
+            self.probe.restart(config)  # before cri hears of it and asks
         for kind in self.kinds.values():
             kind.reload(self._derivation.of(kind.entry.kind))
-        self.log.info("configuration reloaded")
+        self.log.info("configuration reloaded", changed=" ".join(change.taken) or "nothing")
 
     # -- going down -----------------------------------------------------------------------------------
 
@@ -341,8 +344,3 @@ def _rules(config: Config) -> Rules:
         failed_window=restart.failed_window,
         slow_retry=restart.slow_retry,
     )
-
-
-def _with(config: Config, old: Config, names: Iterable[str]) -> Config:
-    """`config` with some keys of `old`."""
-    return dataclasses.replace(config, **{name: getattr(old, name) for name in names})

@@ -44,9 +44,9 @@ class Phase(enum.StrEnum):
     STOPPING = "stopping"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ground:
-    """What every part of the supervisor works with."""
+    """What every part of the supervisor works with. A reload changes `timeouts` and `paths`."""
 
     loop: Loop
     log: Log

@@ -17,10 +17,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import msgspec
+
 from ipc import log
 from ipc.channel import Peer
 from ipc.errors import RemoteError
-from ipc.log import Log
+from ipc.log import LEVELS, Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty, control
 from ipc.messages.supervisor import SandboxReport
@@ -121,6 +123,7 @@ class Service:
         return Empty()
 
     def _reload(self, _call: Call, body: control.Reload) -> Empty:
+        take_common(self._context, body.settings)
         if self._on_reload is not None:
             self._on_reload(body.settings)
         return Empty()
@@ -151,6 +154,13 @@ def serve(
 ) -> None:
     """Serve `handlers` on the context's listener until the supervisor or SIGTERM says stop."""
     Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop).run()
+
+
+def take_common(context: Context[Any], settings: bytes) -> None:
+    """What every worker changes on a reload: how much it logs."""
+    common = msgspec.msgpack.decode(settings, type=Common)
+    context.log.level = LEVELS[common.log_level]
+    context.log.info("settings taken", log_level=common.log_level)
 
 
 # -- the control channel ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ipc import aio
 from ipc.fds import FdSet
 from ipc.messages import Empty, control
 from ipc.table import Handler
-from workers.boot import HELLO_TIMEOUT, SUPERVISOR, Context, control_table
+from workers.boot import HELLO_TIMEOUT, SUPERVISOR, Context, control_table, take_common
 
 
 class AioService:
@@ -105,6 +105,7 @@ class AioService:
         return Empty()
 
     async def _reload(self, _call: aio.Call, body: control.Reload) -> Empty:
+        take_common(self._context, body.settings)
         if self._on_reload is not None:
             self._on_reload(body.settings)
         return Empty()

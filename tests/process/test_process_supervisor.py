@@ -357,6 +357,17 @@ def test_sighup_reads_the_configuration_again_and_a_fault_changes_nothing(instan
     assert instance.served_by("storage")
 
 
+def test_a_worker_that_comes_up_during_a_reload_gets_the_new_settings(instance: Instance) -> None:
+    instance.fault("storage", "slow-start")
+    before = instance.worker("storage").pid
+    os.kill(before, signal.SIGKILL)
+    eventually(lambda: instance.worker("storage").pid not in (0, before))
+    instance.config.write_text(CONFIG.replace("ping = 0.2", "ping = 0.2\nmount_source = 7.0"))
+    instance.signal(signal.SIGHUP)
+    instance.await_log("changed=timeouts.mount_source")
+    instance.await_log('worker=storage msg="settings taken"')
+
+
 def test_sigusr1_writes_the_state_into_the_log(instance: Instance) -> None:
     instance.signal(signal.SIGUSR1)
     instance.await_log("msg=state name=storage state=ready")

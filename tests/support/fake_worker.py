@@ -22,7 +22,19 @@ from ipc.table import Handler, table
 from workers import boot, boot_aio
 
 CALLERS = frozenset({"root"})
-FAULTS = ("", "crash", "crash-late", "mute", "lie", "stderr", "flood", "fork", "bug", "slow-stop")
+FAULTS = (
+    "",
+    "crash",
+    "crash-late",
+    "mute",
+    "lie",
+    "stderr",
+    "flood",
+    "fork",
+    "bug",
+    "slow-stop",
+    "slow-start",
+)
 
 
 def fault(context: boot.Context[Any]) -> str:
@@ -36,6 +48,8 @@ def prepare(context: boot.Context[Any]) -> str:
     word = fault(context)
     if word == "crash":
         os._exit(3)
+    if word == "slow-start":
+        time.sleep(0.5)
     if word == "bug":
         raise ValueError("a bug that the test ordered")
     return word

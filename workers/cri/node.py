@@ -32,9 +32,13 @@ class Node:
     async def host(self, timeout: float = SHORT) -> HostInfo:
         """The host's facts. Raises RemoteError if the supervisor does not answer."""
         async with self._asking:
-            if self._host is None:
-                self._host = await self.peers.supervisor.call(HostInfoGet(), timeout=timeout)
-            return self._host
+            if self._host is not None:
+                return self._host
+            settings = self.settings
+            host = await self.peers.supervisor.call(HostInfoGet(), timeout=timeout)
+            if settings is self.settings:  # else it may not know the runtimes that are configured now
+                self._host = host
+            return host
 
     async def idmap(self, timeout: float = SHORT) -> IdmapSupport:
         """Whether this node can have pods with a user namespace. Raises RemoteError if storage is silent."""

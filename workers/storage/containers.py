@@ -70,7 +70,7 @@ class SpecDirectories(Body):
 
 
 class Containers:
-    """The containers of one root directory."""
+    """The containers of one root directory. A reload changes `source_timeout` and `directories`."""
 
     def __init__(
         self,
@@ -87,11 +87,11 @@ class Containers:
         self._loop = loop
         self._jobs = jobs
         self._paths = paths
-        self._directories = directories
+        self.directories = directories
         self._database = database
         self._layers = layers
         self._images = images
-        self._source_timeout = source_timeout
+        self.source_timeout = source_timeout
         self._serial = Serial()
 
     # -- create ---------------------------------------------------------------------------------------
@@ -142,11 +142,11 @@ class Containers:
 
         finish = _once(ended)
         job = self._jobs.start(
-            build, plan, body, self._directories, progress, on_done=finish, name="create container"
+            build, plan, body, self.directories, progress, on_done=finish, name="create container"
         )
         call.doing = "making the container's root file system"
         call.on_abandon(job.kill)
-        watch = _Watch(self._loop, self._source_timeout, job=job, progress=progress, call=call, finish=finish)
+        watch = _Watch(self._loop, self.source_timeout, job=job, progress=progress, call=call, finish=finish)
 
     def _volumes(self, body: ContainerCreate) -> list[VolumePlan]:
         """The image volumes of a request."""

@@ -71,6 +71,13 @@ class Layers:
         self._jobs = jobs
         self._paths = paths
         self._database = database
+        self.use(settings)
+        self._stagings: dict[str, Staging] = {}
+        self._leases: dict[str, float] = {}
+        self._sweep_planned = False
+
+    def use(self, settings: StorageSettings) -> None:
+        """The limits of layers that are begun from now on."""
         self._timeout = settings.unpack_timeout
         self._limits = Limits(
             max_entries=settings.unpack_max_entries,
@@ -78,9 +85,6 @@ class Layers:
             max_ratio=settings.unpack_max_ratio,
             uid=settings.unpack_uid,
         )
-        self._stagings: dict[str, Staging] = {}
-        self._leases: dict[str, float] = {}
-        self._sweep_planned = False
 
     # -- begin ----------------------------------------------------------------------------------------
 

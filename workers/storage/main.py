@@ -12,6 +12,8 @@ import os
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from ipc.loop import Loop
 from ipc.messages import storage
 from ipc.serve import Call
@@ -54,9 +56,15 @@ class Storage:
             layers=self.layers,
             images=self.images,
             source_timeout=settings.mount_source_timeout,
-            directories=SpecDirectories(cdi=settings.cdi_spec_dirs, hooks=settings.hooks_dirs),
+            directories=directories_of(settings),
         )
         self.pods = Pods(self.jobs, paths)
+
+    def use(self, settings: StorageSettings) -> None:
+        """Work with these settings from now on; what has begun ends with those of before."""
+        self.layers.use(settings)
+        self.containers.source_timeout = settings.mount_source_timeout
+        self.containers.directories = directories_of(settings)
 
     def reconcile(self) -> None:
         """Make rows and directories agree after whatever ended the last life."""
@@ -100,6 +108,11 @@ class Storage:
         )
 
 
+def directories_of(settings: StorageSettings) -> SpecDirectories:
+    """The administrator's directories."""
+    return SpecDirectories(cdi=settings.cdi_spec_dirs, hooks=settings.hooks_dirs)
+
+
 def prepare(context: boot.Context[StorageSettings]) -> State:
     """Make the directories while nothing is forbidden yet."""
     paths = Paths(context.settings.root, context.settings.run_root)
@@ -112,8 +125,12 @@ def run(context: boot.Context[StorageSettings], state: State) -> None:
     loop = Loop()
     worker = Storage(loop, state.paths, context.settings)
     worker.reconcile()
+
+    def reload(settings: bytes) -> None:
+        worker.use(msgspec.msgpack.decode(settings, type=StorageSettings))
+
     try:
-        boot.serve(context, loop, worker.handlers())
+        boot.serve(context, loop, worker.handlers(), on_reload=reload)
     finally:
         worker.jobs.kill_all()
         worker.database.close()
