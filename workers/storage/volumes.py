@@ -102,6 +102,9 @@ def _open_inside(root_fd: int, volume: VolumePlan) -> int:
     except (FileNotFoundError, NotADirectoryError):
         text = f"sub path {volume.sub_path!r} does not exist in image volume {volume.image_id}"
         raise failed(Code.FAILED_PRECONDITION, text) from None
+    except OSError as error:  # a circle of links, a name that is too long
+        text = f"sub path {volume.sub_path!r} of image volume {volume.image_id}: {os.strerror(error.errno)}"
+        raise failed(Code.INVALID_ARGUMENT, text) from error
 
 
 def unmount_volumes(mounted: str) -> None:
