@@ -103,7 +103,7 @@ def _open_inside(root_fd: int, volume: VolumePlan) -> int:
         text = f"sub path {volume.sub_path!r} does not exist in image volume {volume.image_id}"
         raise failed(Code.FAILED_PRECONDITION, text) from None
     except OSError as error:  # a circle of links, a name that is too long
-        text = f"sub path {volume.sub_path!r} of image volume {volume.image_id}: {os.strerror(error.errno)}"
+        text = f"sub path {volume.sub_path!r} of image volume {volume.image_id}: {error.strerror}"
         raise failed(Code.INVALID_ARGUMENT, text) from error
 
 
