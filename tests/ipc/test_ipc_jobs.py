@@ -116,13 +116,13 @@ def test_children_die_with_their_worker() -> None:
 
 
 def test_a_process_beside_takes_its_steps_when_it_is_told_to(tmp_path: Path) -> None:
-    steps = [(tmp_path / "one").touch, lambda: (tmp_path / "two").write_text(str(os.getpid()))]
-    with Beside(*steps) as other:
+    two = tmp_path / "two"
+    with Beside((tmp_path / "one").touch, lambda: two.write_text(str(os.getpid()))) as other:
         assert list(tmp_path.iterdir()) == []
         other.step()
         assert [path.name for path in tmp_path.iterdir()] == ["one"]
         other.step()
-        assert (tmp_path / "two").read_text() == str(other.pid) != str(os.getpid())
+        assert two.read_text() == str(other.pid) != str(os.getpid())
     with pytest.raises(ProcessLookupError):
         os.kill(other.pid, 0)
 
