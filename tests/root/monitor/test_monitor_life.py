@@ -51,6 +51,23 @@ def failed(call: object, *args: object) -> RemoteError:
     return caught.value
 
 
+def test_what_the_caller_wants_kept_is_on_disk_before_the_runtime_is_asked(
+    crun: MonitorProcess, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    runtime = tmp_path / "runtime"
+    runtime.write_text(f"#!/bin/sh\ncp -n {crun.directory}/cri.json {copy}\nexit 1\n")
+    runtime.chmod(0o755)
+    crun.start_monitor()
+    request = crun.create_request(Wish(["true"], runtime_path=str(runtime)))
+    request.keep = b"any words"
+    failed(crun.client().call, request)
+    assert copy.read_bytes() == b"any words"
+    found = (crun.directory / "cri.json").stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o640, crun.directory.stat().st_gid)
+    assert stat.S_IMODE((crun.directory / "bundle" / "config.json").stat().st_mode) == 0o640
+
+
 def test_a_container_is_created_started_logged_and_recorded(mon: MonitorProcess) -> None:
     mon.create("sh", "-c", "echo out; echo err >&2; exit 3")
     assert mon.state().status == "created"
