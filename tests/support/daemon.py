@@ -66,6 +66,7 @@ class Node:
         self.logs = self.root / "logs"
         self.socket = self.run_root / "bulkhead.sock"
         self.log_level = log_level
+        self.bridge = bridge
         self.daemon: subprocess.Popen[bytes] | None = None
         self._channel: grpc.Channel | None = None
         for directory in (self.conf_dir, self.logs, self.root / "bulkhead.toml.d"):
@@ -303,6 +304,8 @@ class Node:
             target = line.split()[4]
             if target.startswith(f"{self.root}/"):
                 subprocess.run(["umount", "-l", target], check=False, capture_output=True)
+        # the next node has the same subnet: routes of this one's bridge would lead its packets astray
+        subprocess.run(["ip", "link", "delete", self.bridge], check=False, capture_output=True)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _kill_strays(self) -> None:
