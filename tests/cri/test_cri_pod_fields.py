@@ -19,10 +19,11 @@ import pytest
 from ipc.cri import api_pb2 as pb
 from tests.support import machine
 from tests.support.cri_client import SHELL, Client, code_of
-from tests.support.daemon import SUBNET, Node, wait_for
+from tests.support.daemon import Node, wait_for
 from tests.support.images import served
 
-SUBNET6 = "fd14:214::/64"
+#: Of this module alone: bridges of others may still stand, and have routes.
+SUBNET, SUBNET6 = "10.215.0.0/16", "fd14:215::/64"
 BRIDGE = "bhpod0"
 HOST = "10.90.90.1"  # an address of the node besides those of the bridge
 HOST6 = "fd90:90::1"
@@ -44,7 +45,7 @@ def make_dual_stack(node: Node) -> None:
     path = node.conf_dir / "10-test.conflist"
     document = json.loads(path.read_text())
     ipam = document["plugins"][0]["ipam"]
-    ipam["ranges"].append([{"subnet": SUBNET6}])
+    ipam["ranges"] = [[{"subnet": SUBNET}], [{"subnet": SUBNET6}]]
     ipam["routes"].append({"dst": "::/0"})
     path.write_text(json.dumps(document))
 
