@@ -105,6 +105,7 @@ class Update(Request[Empty]):
     keep: bytes = b""
     oom_score_adj: int | None = None  # None: as it is
     timeout_ms: int = 60_000
+    unit_properties: dict[str, int] = {}  # of the container's systemd unit, lest that one undoes the change
 
 
 class State(Body):

@@ -66,6 +66,7 @@ class Updates:
             spec=planned.spec,
             keep=self._node.store.keep_container(pod, container, config),
             oom_score_adj=planned.oom_score,
+            unit_properties=planned.unit_properties,
             timeout_ms=int(timeout * 1000),
         )
         await self._node.peers.monitor(container.id).call(told, timeout=timeout)

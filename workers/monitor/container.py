@@ -442,6 +442,12 @@ class Container:
         return self._cgroups
 
     @property
+    def unit(self) -> str:
+        """The container's systemd unit: its group's last part, where systemd makes the group."""
+        request = self._request
+        return os.path.basename(request.cgroup_path) if request is not None and request.systemd_cgroup else ""
+
+    @property
     def init_pid(self) -> int:
         """The container's first process."""
         return self._pid

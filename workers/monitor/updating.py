@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -26,6 +26,10 @@ from workers.monitor.containerlog import ContainerLog
 from workers.monitor.runtime import FIRST_EXTRA_FD, Launcher, Outcome, Runtime, Streams
 
 Answer = Callable[[Body | RemoteError], object]
+
+BUSCTL = "/usr/bin/busctl"
+SYSTEMD = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
+SYSTEMD_TIMEOUT = 20.0
 
 
 class _Memory(msgspec.Struct):
@@ -63,6 +67,10 @@ class Updated(Protocol):
     @property
     def groups(self) -> Cgroups:
         """The container's control groups."""
+
+    @property
+    def unit(self) -> str:
+        """Its systemd unit, "" if it has none."""
 
     @property
     def init_pid(self) -> int:
@@ -134,6 +142,25 @@ class Updates:
         self._set_hugepages(request)
         if request.oom_score_adj is not None:
             self._set_oom_score(request.oom_score_adj)
+        if request.unit_properties and self._container.unit:
+            self._tell_systemd(request)
+        else:
+            self._record(request)
+
+    def _tell_systemd(self, request: Update) -> None:
+        def told(outcome: Outcome) -> None:
+            if not outcome.ok:
+                self._log.warning("systemd does not know the new limits", error=outcome.error("busctl").text)
+            self._record(request)
+
+        argv = set_properties(self._container.unit, request.unit_properties)
+        try:
+            self._container.launcher.call(argv, told, timeout=SYSTEMD_TIMEOUT)
+        except RemoteError as error:
+            self._log.warning("systemd does not know the new limits", error=error.text)
+            self._record(request)
+
+    def _record(self, request: Update) -> None:
         try:
             records.write_updated(self._container.directory, request.spec, request.keep)
         except OSError as error:
@@ -169,3 +196,19 @@ def _resources(request: Update) -> _Resources:
         return _DECODER.decode(request.resources)
     except msgspec.DecodeError as error:
         raise invalid(f"update: the resources are not valid: {error}") from None
+
+
+def set_properties(unit: str, properties: Mapping[str, int]) -> list[str]:
+    """Return the command that calls SetUnitProperties (org.freedesktop.systemd1(5)), until the next boot."""
+    words = [word for name, value in properties.items() for word in (name, "t", str(value))]
+    return [
+        BUSCTL,
+        "call",
+        *SYSTEMD,
+        "SetUnitProperties",
+        "sba(sv)",
+        unit,
+        "true",
+        str(len(properties)),
+        *words,
+    ]

@@ -346,6 +346,40 @@ def test_systemd_is_told_to_make_no_group_below_the_containers_scope() -> None:
     assert key not in make.spec(config, settings=everything)["annotations"]
 
 
+def test_systemd_knows_the_limits_that_it_would_else_undo() -> None:
+    limits = Resources(
+        cpu_quota=33_333,
+        cpu_period=100_000,
+        memory_limit_in_bytes=64 << 20,
+        memory_swap_limit_in_bytes=80 << 20,
+        unified={"pids.max": "40", "memory.high": "max", "memory.oom.group": "1"},
+    )
+    made = make.spec(make.container(resources=limits), host=make.host(cgroup_driver="systemd"))
+    prefix = "org.systemd.property."
+    found = {k.removeprefix(prefix): v for k, v in made["annotations"].items() if k.startswith(prefix)}
+    assert found == {
+        "CollectMode": "'inactive-or-failed'",
+        "CPUQuotaPerSecUSec": "uint64 340000",
+        "CPUQuotaPeriodUSec": "uint64 100000",
+        "MemoryMax": f"uint64 {64 << 20}",
+        "MemorySwapMax": f"uint64 {16 << 20}",
+        "MemoryHigh": f"uint64 {2**64 - 1}",
+        "TasksMax": "uint64 40",
+    }
+
+
+@pytest.mark.parametrize("changes", [{"cgroup_driver": "cgroupfs"}, {"cgroup_version": 1}])
+def test_only_systemd_on_v2_is_told_of_limits(changes: dict[str, Any]) -> None:
+    host = make.host(**({"cgroup_driver": "systemd"} | changes))
+    assert cgroups.unit_properties({"memory": {"limit": 1 << 20}}, host) == {}
+
+
+def test_no_limit_is_told_to_systemd_as_its_infinity() -> None:
+    limits = {"memory": {"limit": -1, "swap": -1}, "cpu": {"quota": -1}}
+    found = cgroups.unit_properties(limits, make.host(cgroup_driver="systemd"))
+    assert found == dict.fromkeys(("CPUQuotaPerSecUSec", "MemoryMax", "MemorySwapMax"), 2**64 - 1)
+
+
 def test_labels_of_the_image_go_nowhere() -> None:
     image = make.image_config(Labels={"run.oci.handler": "x", "evil": "yes"}, Cmd=["sh"])
     assert b"evil" not in make.built(image_config=image).spec

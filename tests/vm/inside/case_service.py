@@ -136,6 +136,32 @@ def case_limits_are_in_force_where_the_kubelet_looks_for_them(node: Node, handle
 
 
 @both_runtimes
+def case_an_update_of_limits_holds_and_outlives_a_reload_of_systemd(node: Node, handler: str) -> None:
+    parent, place = node.parent()
+    _, container_id = node.running(parent, SLEEP, limits(), handler=handler)
+    group = node.group(place, container_id)
+    asked = pb.LinuxContainerResources(
+        cpu_quota=80_000,
+        cpu_period=100_000,
+        memory_limit_in_bytes=128 * MIB,
+        memory_swap_limit_in_bytes=160 * MIB,
+        unified={"memory.high": str(120 * MIB), "pids.max": "50"},
+    )
+    request = pb.UpdateContainerResourcesRequest(container_id=container_id, linux=asked)
+    node.runtime.UpdateContainerResources(request, timeout=60)
+    expected = {
+        "memory.max": str(128 * MIB),
+        "memory.swap.max": str(32 * MIB),
+        "memory.high": str(120 * MIB),
+        "cpu.max": "80000 100000",
+        "pids.max": "50",
+    }
+    assert {name: read(group, name) for name in expected} == expected
+    run("systemctl", "daemon-reload")
+    assert {name: read(group, name) for name in expected} == expected
+
+
+@both_runtimes
 def case_a_parent_in_the_other_drivers_spelling_is_understood(node: Node, handler: str) -> None:
     other = "cgroupfs" if node.driver == "systemd" else "systemd"
     parent, place = node.parent(spelling=other)
@@ -170,7 +196,7 @@ def case_an_out_of_memory_kill_is_recorded(node: Node, handler: str) -> None:
     survivor = node.ended(node.start_container(pod_id, sandbox, command, resources))
     assert survivor.reason == "OOMKilled"
     # As short as a life can be: the group's only process is the one that is killed, at once.
-    for _ in range(4):
+    for _ in range(3):
         status = node.ended(node.start_container(pod_id, sandbox, ["tail", "/dev/zero"], resources))
         assert (status.reason, status.exit_code) == ("OOMKilled", 137)
     other = node.start_container(pod_id, sandbox, SLEEP, resources)

@@ -8,7 +8,11 @@ ask for, whatever is allowed (CVE-2024-3154). Those of the image go nowhere (CVE
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from ipc.messages.supervisor import HostInfo
+
+from . import cgroups
 from .inputs import SpecInputs
 
 #: A key that is one of these or begins with one is never passed to the runtime.
@@ -24,6 +28,9 @@ _OWN = "io.kubernetes.cri."
 #: Under systemd on cgroup v2 crun puts a container into a group of this name below its scope. The kubelet and
 #: its kin look at the scope; empty means none.
 _SUBGROUP = "run.oci.systemd.subgroup"
+_PROPERTY = "org.systemd.property."
+#: A scope that had to be killed counts as failed, and stays until somebody resets it, unless this is said.
+_COLLECT = {f"{_PROPERTY}CollectMode": "'inactive-or-failed'"}
 
 
 def of_container(inputs: SpecInputs) -> dict[str, str]:
@@ -62,5 +69,13 @@ def _ours(inputs: SpecInputs) -> dict[str, str]:
         "image-id": inputs.image_id,
         "image-name": inputs.config.image.user_specified_image or inputs.config.image.image,
     }
-    own = {_OWN + key: value for key, value in values.items()}
-    return own | {_SUBGROUP: ""} if inputs.host.cgroup_driver == "systemd" else own
+    return {_OWN + key: value for key, value in values.items()}
+
+
+def of_scope(limits: Mapping[str, Any], host: HostInfo) -> dict[str, str]:
+    """What crun and runc tell systemd of the container's scope; nothing with the cgroupfs driver."""
+    if host.cgroup_driver != "systemd":
+        return {}
+    properties = cgroups.unit_properties(limits, host)
+    told = {f"{_PROPERTY}{name}": f"uint64 {value}" for name, value in properties.items()}
+    return {_SUBGROUP: ""} | _COLLECT | told

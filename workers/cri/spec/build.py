@@ -12,7 +12,7 @@ import msgspec
 from ipc.messages.storage import Hook
 
 from . import cdi, cgroups, image, linux, mounts, process, signals, validate
-from .annotations import of_container
+from .annotations import of_container, of_scope
 from .inputs import Built, SpecInputs
 from .notes import Notes
 
@@ -39,6 +39,7 @@ def build(inputs: SpecInputs) -> Built:
         "annotations": of_container(inputs),
         "linux": linux.linux(inputs, path, notes),
     }
+    spec["annotations"] |= of_scope(spec["linux"]["resources"], inputs.host)
     if hooks := inputs.rootfs.hooks:
         spec["hooks"] = {stage: [_hook(hook) for hook in chosen] for stage, chosen in hooks.items()}
     if inputs.rootfs.cdi is not None:

@@ -7,6 +7,7 @@ is what the node's cgroup version cannot hold.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,3 +147,49 @@ def _unified(request: api_pb2.LinuxContainerResources, host: HostInfo) -> dict[s
         if "/" in key or not key.isprintable() or "." not in key:
             raise invalid(f"unified: {key!r} is not the name of a cgroup file")
     return dict(request.unified)
+
+
+#: Limits of cgroup v2 that systemd manages, by their files. It writes its own values over a runtime's when
+#: it loads its units anew, and older runtimes (crun 1.8) tell it of none of them but the weight.
+_PROPERTIES = {
+    "memory.max": "MemoryMax",
+    "memory.high": "MemoryHigh",
+    "memory.low": "MemoryLow",
+    "memory.min": "MemoryMin",
+    "memory.swap.max": "MemorySwapMax",
+    "pids.max": "TasksMax",
+    "cpu.weight": "CPUWeight",
+}
+_INFINITY = 2**64 - 1
+_DEFAULT_PERIOD = 100_000  # microseconds
+_QUOTA_STEP = 10_000  # systemd keeps whole percents of a CPU
+
+
+def unit_properties(limits: Mapping[str, Any], host: HostInfo) -> dict[str, int]:
+    """Limits that `resources` made as properties of the container's scope (org.freedesktop.systemd1)."""
+    if host.cgroup_driver != "systemd" or host.cgroup_version != 2:
+        return {}
+    memory, unified = limits.get("memory", {}), limits.get("unified", {})
+    found = _cpu_properties(limits.get("cpu", {}))
+    if limit := memory.get("limit"):
+        found["MemoryMax"] = _unsigned(limit)
+    if swap := memory.get("swap"):
+        found["MemorySwapMax"] = _INFINITY if swap < 0 else swap - max(memory.get("limit", 0), 0)
+    texts = {name: unified[file].strip() for file, name in _PROPERTIES.items() if file in unified}
+    known = {name: text for name, text in texts.items() if text == "max" or text.isdecimal()}
+    return found | {name: _INFINITY if text == "max" else int(text) for name, text in known.items()}
+
+
+def _cpu_properties(cpu: Mapping[str, int]) -> dict[str, int]:
+    quota, period = cpu.get("quota", 0), cpu.get("period", 0)
+    found = {"CPUQuotaPeriodUSec": period} if period else {}
+    if quota < 0:
+        found["CPUQuotaPerSecUSec"] = _INFINITY
+    elif quota:
+        steps = -(-quota * 1_000_000 // ((period or _DEFAULT_PERIOD) * _QUOTA_STEP))
+        found["CPUQuotaPerSecUSec"] = steps * _QUOTA_STEP
+    return found
+
+
+def _unsigned(limit: int) -> int:
+    return _INFINITY if limit < 0 else limit

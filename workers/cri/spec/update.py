@@ -34,11 +34,12 @@ _PARTS = ("cpu", "memory", "hugepageLimits", "unified")
 
 @dataclass(frozen=True)
 class Update:
-    """What the monitor is told. `oom_score` None: it was not asked for."""
+    """What the monitor is told. `oom_score` None: it was not asked for. Properties: see `cgroups`."""
 
     resources: bytes
     spec: bytes
     oom_score: int | None
+    unit_properties: dict[str, int]
     degraded: tuple[str, ...]
 
 
@@ -82,7 +83,13 @@ def update(
     score = process.oom_score_of(new.oom_score_adj, host, notes) if asked.oom_score_adj else None
     if score is not None:
         decoded["process"]["oomScoreAdj"] = score
-    return Update(msgspec.json.encode(told), msgspec.json.encode(decoded), score, notes.all())
+    return Update(
+        resources=msgspec.json.encode(told),
+        spec=msgspec.json.encode(decoded),
+        oom_score=score,
+        unit_properties=cgroups.unit_properties(told, host),
+        degraded=notes.all(),
+    )
 
 
 def check(request: api_pb2.UpdateContainerResourcesRequest) -> None:
