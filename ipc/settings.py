@@ -105,6 +105,20 @@ class MonitorSettings(Common):
 
 
 class StreamSettings(Common):
+    #: where the supervisor binds the TCP listener that the worker inherits as `http`; port 0 is any
+    address: str = "127.0.0.1"
+    port: int = 0
+    tls_cert: str = ""  # PEM, with its chain; "" = no TLS
+    tls_key: str = ""
+    tls_client_ca: str = ""  # PEM; "" = clients need no certificate
+    tls_min_version: str = "1.2"  # or 1.3
+    tls_ciphers: list[str] = []  # OpenSSL's names, of TLS 1.2; empty: OpenSSL's choice
+    head_timeout: float = 10.0  # for the TLS handshake, and again for the request's head
+    creation_timeout: float = 30.0  # for a client to open the streams of its session
+    idle_timeout: float = 4 * 3600.0  # of a session on which nothing moves
+    stall_timeout: float = 30.0  # of a forwarded connection that takes nothing and so holds up others
+    max_connections: int = 1024
+    max_streams: int = 256  # of one connection
     idle_exit: float = 60.0
 
 

@@ -110,6 +110,9 @@ CONDITIONAL: dict[str, Conditions] = {
     "socketpair": one_of(0, (socket.AF_UNIX,)),
 }
 
+#: For the size of a container's terminal, besides the rest.
+TERMINALS: dict[str, Conditions] = {"ioctl": one_of(1, (*_IOCTLS, termios.TIOCSWINSZ))}
+
 #: Sockets of this host only.
 LOCAL_SOCKETS: dict[str, Conditions] = {"socket": one_of(0, (socket.AF_UNIX,))}
 

@@ -31,7 +31,7 @@ LISTS: dict[str, Policy] = {
         Policy(
             name="stream",
             allowed=_COMMON,
-            conditional={**_CONDITIONS, **calls.INTERNET_SOCKETS},
+            conditional={**_CONDITIONS, **calls.INTERNET_SOCKETS, **calls.TERMINALS},
             missing=calls.MISSING,
         ),
         Policy(

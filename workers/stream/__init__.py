@@ -1,6 +1,6 @@
 """Runs in: stream.
 
-Exec, attach and port-forward for kubelets, over HTTP; the process that will parse what clients send, and
-therefore has no privilege and no state. What it serves now is the number of its sessions: its protocols are
-not there yet, and cri answers the RPCs that would lead here with UNIMPLEMENTED.
+Exec, attach and port-forward for kubelets, over HTTP: SPDY/3.1 and WebSocket. It parses what clients send and
+therefore has no privilege and no state. Which session a token stands for, and the descriptors of the
+container's side, come from cri; from then on bytes flow between the two through this process alone.
 """

@@ -25,7 +25,7 @@ LIBRARIES: dict[str, set[str]] = {
     "workers.storage": {"msgspec", "setproctitle", "zstandard"},
     "workers.network": {"msgspec"},
     "workers.monitor": {"msgspec"},
-    "workers.stream": {"msgspec"},
+    "workers.stream": {"msgspec", "h11", "wsproto"},
     "workers.ops": {"msgspec", "prometheus_client"},
     "workers": {"msgspec"},
 }
