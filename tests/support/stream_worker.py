@@ -138,12 +138,18 @@ class FakeCri:
         self._ends.append(watcher)
         return ours
 
+    def vanish(self) -> None:
+        """End as cri, leave the processes."""
+        if self._thread.is_alive():
+            self._stop.send(b"x")
+            self._thread.join(10)
+            self._server.close()
+            self._sock.close()
+
     def close(self) -> None:
-        self._stop.send(b"x")
-        self._thread.join(10)
+        self.vanish()
         self._stop.close()
-        self._server.close()
-        self._sock.close()
+        self._stopped.close()
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -15,6 +15,7 @@ Headers = dict[str, str]
 #: The dictionary of SPDY/3 (draft-mbelshe-httpbis-spdy-00, section 2.6.10.1).
 DICTIONARY = Path(__file__).with_name("spdy3_dictionary.bin").read_bytes()
 BLOCK_LIMIT = 64 * 1024  # bytes of a block, inflated
+MEMORY_LEVEL = 1  # what is sent are empty blocks: a large hash would be a session's largest part
 COUNT_LIMIT = 256  # headers of a block
 _U32 = struct.Struct(">I")
 
@@ -28,7 +29,7 @@ class Compressor:
 
     def __init__(self) -> None:
         self._zlib = zlib.compressobj(
-            9, zlib.DEFLATED, zlib.MAX_WBITS, 8, zlib.Z_DEFAULT_STRATEGY, DICTIONARY
+            9, zlib.DEFLATED, zlib.MAX_WBITS, MEMORY_LEVEL, zlib.Z_DEFAULT_STRATEGY, DICTIONARY
         )
 
     def block(self, headers: Headers) -> bytes:
