@@ -11,9 +11,10 @@ import sys
 from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl import logs
 from supervisor.cli.ctl.arguments import Commands, command, each, labels, load, with_output
-from supervisor.cli.ctl.connection import UNREACHABLE, Connection, CtlError
+from supervisor.cli.ctl.connection import Connection, CtlError
 from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
 
+NOT_FOUND = "(NOT_FOUND)"  # how connection.py ends the sentence
 STATES = {
     "created": cri.CONTAINER_CREATED,
     "running": cri.CONTAINER_RUNNING,
@@ -162,8 +163,8 @@ def show_logs(connection: Connection, options: argparse.Namespace) -> int:
     def running() -> bool:
         try:
             return _status(connection, options.id).status.state == cri.CONTAINER_RUNNING
-        except CtlError as error:  # removed meanwhile; while nobody answers, its log still grows
-            return error.exit_code == UNREACHABLE
+        except CtlError as error:  # while nobody answers, its log still grows
+            return NOT_FOUND not in str(error)
 
     logs.show(
         status.log_path,
