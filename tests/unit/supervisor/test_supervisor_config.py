@@ -207,7 +207,7 @@ def test_users_default_to_fixed_uids_and_must_differ() -> None:
         identities(UsersConfig(cri="root"), TABLE)
 
 
-#: What stream's server takes; its keys come with the RPCs that hand out tokens, which listen for nobody so far.
+#: What the server of stream takes; their keys come with the RPCs that hand out tokens.
 UNWIRED_STREAM = {
     *("address", "port", "tls_cert", "tls_key", "tls_client_ca", "tls_min_version", "tls_ciphers"),
     *("head_timeout", "creation_timeout", "idle_timeout", "stall_timeout", "max_connections", "max_streams"),
