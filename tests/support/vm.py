@@ -90,5 +90,15 @@ def _boot(directory: Path, image: Path, share: Path, console: Path, seconds: flo
                 machine.wait(seconds)
         finally:
             if machine.poll() is None:
-                machine.send_signal(signal.SIGKILL)
-                machine.wait()
+                _end(machine)
+
+
+def _end(machine: subprocess.Popen[bytes]) -> None:
+    """Kill the namespace's first process, whose end is that of all the others; return when all are gone."""
+    for pid in Path(f"/proc/{machine.pid}/task/{machine.pid}/children").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    try:
+        machine.wait(30)
+    except subprocess.TimeoutExpired:
+        machine.kill()
+        machine.wait()

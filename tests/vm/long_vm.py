@@ -9,7 +9,7 @@ from tests.support import vm_cases
 
 @pytest.fixture(scope="module")
 def results() -> vm_cases.Results:
-    return vm_cases.run(short=False, seconds=1200)
+    return vm_cases.run(short=False, seconds=1800)
 
 
 @pytest.mark.parametrize("case", vm_cases.names(short=False))

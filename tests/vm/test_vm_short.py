@@ -9,7 +9,7 @@ from tests.support import vm_cases
 
 @pytest.fixture(scope="module")
 def results() -> vm_cases.Results:
-    return vm_cases.run(short=True, seconds=300)
+    return vm_cases.run(short=True, seconds=600)
 
 
 @pytest.mark.parametrize("case", vm_cases.names(short=True))

@@ -33,6 +33,7 @@ from workers.monitor.runtime import (
     start_exit_code,
 )
 from workers.monitor.stopping import Stopper
+from workers.monitor.updating import set_properties
 
 # -- what the runtime says ----------------------------------------------------------------------------------
 
@@ -444,6 +445,14 @@ def test_without_a_memory_group_there_are_no_kills(loop: Loop) -> None:
     watch = oom.OomWatch(loop, "", 2, follow=True)
     assert watch.kills() == 0
     watch.close()
+
+
+def test_systemd_is_told_of_changed_limits_in_its_own_words() -> None:
+    argv = set_properties("bulkhead-c.scope", {"MemoryMax": 1 << 20, "TasksMax": 5})
+    assert argv[argv.index("SetUnitProperties") :] == [
+        *("SetUnitProperties", "sba(sv)", "bulkhead-c.scope", "true", "2"),
+        *("MemoryMax", "t", "1048576", "TasksMax", "t", "5"),
+    ]
 
 
 # -- the rest ----------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], T | None], what: str, seconds: float = 30.0
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not within {seconds} s\n{journal()}"
-        time.sleep(0.02)
+        time.sleep(0.1)  # every look costs the one CPU dearly
     return value
 
 
@@ -323,7 +323,7 @@ class Node:
         """What is left when nothing changes any more."""
         end = time.monotonic() + 10
         while (left := self.leftovers()) and time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(0.2)
         return left
 
 
