@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-
-from ipc.loop import Loop
+from collections.abc import Sequence
 
 V1_FILE = "memory.oom_control"
 V2_FILE = "memory.events"
@@ -46,76 +44,72 @@ def _kills(path: str) -> int | None:
         return None
 
 
-class OomWatch:
-    """Counts a container's OOM kills. `follow`: the group may vanish before the end."""
+def follow(memory: str, version: int) -> list[int]:
+    """Return the descriptors by which the count of a group that may vanish is followed, for OomWatch.
 
-    def __init__(self, loop: Loop, memory: str, version: int, *, follow: bool = False) -> None:
-        self._loop = loop
-        self._memory = memory
-        self._version = version
-        self._seen = 0
-        self._fds: list[int] = []
-        self._epoll: select.epoll | None = None
-        if follow and memory:
-            # Without events there is still the count at the end.
-            with contextlib.suppress(OSError):
-                self._follow()
+    The second one has the events. Raises OSError.
+    """
+    count = os.open(f"{memory}/{V2_FILE if version == 2 else V1_FILE}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return [count, os.dup(count) if version == 2 else _event(memory, count)]
+    except OSError:
+        os.close(count)
+        raise
+
+
+def _event(memory: str, count_fd: int) -> int:
+    event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{memory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(control, f"{event_fd} {count_fd}".encode())
+        finally:
+            os.close(control)
+    except OSError:
+        os.close(event_fd)
+        raise
+    return event_fd
+
+
+class OomWatch:
+    """Counts a container's OOM kills. `fds` are `follow`'s, where the group may vanish before the end."""
+
+    def __init__(self, memory: str, version: int, fds: Sequence[int] = ()) -> None:
+        self.memory = memory
+        self.version = version
+        self.seen = 0
+        self._fds = list(fds)
+
+    @property
+    def event_fd(self) -> int:
+        """Where the events are, -1 for nowhere: v1's is readable then, v2's has EPOLLPRI."""
+        return self._fds[-1] if self._fds else -1
 
     def kills(self) -> int:
         """Return the count now, or the last one seen if the group is gone."""
-        count = count_kills(self._memory, self._version) if self._memory else None
+        count = count_kills(self.memory, self.version) if self.memory else None
         if count is not None:
-            self._seen = count
-        return self._seen
+            self.seen = count
+        return self.seen
+
+    def changed(self) -> bool:
+        """There was an event. False if the group is gone: its file would be ready for ever."""
+        if self.version != 2:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._fds[1])
+            # The event comes before the kill; removal of the group makes one too, but then the file is gone.
+            here = os.path.exists(f"{self.memory}/{V1_FILE}")
+            self.seen = max(self.seen, int(here))
+            return here
+        try:
+            count = parse_kills(os.pread(self._fds[0], 4096, 0))
+        except OSError:  # ENODEV
+            return False
+        self.seen = max(self.seen, count or 0)
+        return True
 
     def close(self) -> None:
         """Stop following."""
-        if self._epoll is not None:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-            self._epoll = None
         for fd in self._fds:
-            self._loop.remove_reader(fd)
             os.close(fd)
         self._fds.clear()
-
-    def _follow(self) -> None:
-        file = V2_FILE if self._version == 2 else V1_FILE
-        self._fds.append(os.open(f"{self._memory}/{file}", os.O_RDONLY | os.O_CLOEXEC))
-        if self._version == 2:
-            self._follow_v2(self._fds[0])
-        else:
-            self._follow_v1(self._fds[0])
-
-    def _follow_v2(self, fd: int) -> None:
-        # A kernfs file is always readable; its events are EPOLLPRI, which the loop does not ask for.
-        self._epoll = select.epoll()
-        self._epoll.register(fd, select.EPOLLPRI)
-        self._loop.add_reader(self._epoll.fileno(), self._changed_v2)
-
-    def _changed_v2(self) -> None:
-        try:
-            count = parse_kills(os.pread(self._fds[0], 4096, 0))
-        except OSError:  # ENODEV: the group is gone and the file would be ready for ever
-            self.close()
-            return
-        self._seen = max(self._seen, count or 0)
-
-    def _follow_v1(self, fd: int) -> None:
-        event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(event_fd)
-        control = os.open(f"{self._memory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(control, f"{event_fd} {fd}".encode())
-        finally:
-            os.close(control)
-        self._loop.add_reader(event_fd, self._changed_v1)
-
-    def _changed_v1(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fds[1])
-        if os.path.exists(f"{self._memory}/{V1_FILE}"):
-            # The event comes before the kill; removal of the group makes one too, but then the file is gone.
-            self._seen = max(self._seen, 1)
-        else:
-            self.close()

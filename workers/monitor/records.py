@@ -38,6 +38,12 @@ class StateRecord(Body):
     log_path: str
     created_at_ns: int
     started_at_ns: int = 0
+    start_error: str = ""  # why the runtime could not start it
+    ours: bool = True  # the init is the monitor's child
+    runtime_args: list[str] = []
+    systemd_cgroup: bool = False
+    cgroup_version: int = 2
+    cgroups: dict[str, str] = {}  # the container's own: controllers -> directory
 
 
 def exit_reason(code: int, *, oom_kills: int) -> str:
@@ -50,6 +56,15 @@ def exit_reason(code: int, *, oom_kills: int) -> str:
 def write_state(directory: str, record: StateRecord) -> None:
     """Replace `state.json`. Not fsynced: a machine that loses it has lost the container too."""
     _replace(directory, STATE, msgspec.json.encode(record), durable=False)
+
+
+def read_state(directory: str) -> StateRecord | None:
+    """Return the state record, None if there is none. Raises OSError, msgspec.DecodeError."""
+    try:
+        with open(os.path.join(directory, STATE), "rb") as file:
+            return msgspec.json.decode(file.read(), type=StateRecord)
+    except FileNotFoundError:
+        return None
 
 
 def write_kept(directory: str, data: bytes) -> None:

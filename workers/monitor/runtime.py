@@ -131,11 +131,18 @@ class OomScore:
 
     LOW = b"-999"
 
-    def __init__(self, path: str = "/proc/self/oom_score_adj") -> None:
+    def __init__(self, path: str = "/proc/self/oom_score_adj", normal: int | None = None) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        with open(path, "rb") as file:
-            self._normal = b"%d" % max(0, int(file.read()))
+        if normal is None:
+            with open(path, "rb") as file:
+                normal = max(0, int(file.read()))
+        self.normal = normal  # what children get; a monitor that was forked low is told it
+        self._normal = b"%d" % normal
         self.lowered = self._set(self.LOW)
+
+    def close(self) -> None:
+        """Leave the score as it is."""
+        os.close(self._fd)
 
     def _set(self, value: bytes) -> bool:
         try:
@@ -170,12 +177,12 @@ class Streams:
 
 
 class Launcher:
-    """Starts runtime calls. One per monitor."""
+    """Starts runtime calls. One per process; `normal_score` as OomScore has it."""
 
-    def __init__(self, loop: Loop, reaper: Reaper) -> None:
+    def __init__(self, loop: Loop, reaper: Reaper, normal_score: int | None = None) -> None:
         self.loop = loop
         self.reaper = reaper
-        self._oom = OomScore()
+        self._oom = OomScore(normal=normal_score)
         self._null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._environment = environment(os.environ)
 

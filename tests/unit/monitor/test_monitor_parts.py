@@ -415,17 +415,17 @@ def test_v1_adds_the_groups_below(tmp_path: Path) -> None:
     assert oom.count_kills(str(tmp_path / "gone"), 1) is None
 
 
-def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path, loop: Loop) -> None:
+def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path) -> None:
     (tmp_path / oom.V2_FILE).write_bytes(V2)
-    watch = oom.OomWatch(loop, str(tmp_path), 2)
+    watch = oom.OomWatch(str(tmp_path), 2)
     assert watch.kills() == 2
     (tmp_path / oom.V2_FILE).unlink()
     assert watch.kills() == 2
     watch.close()
 
 
-def test_without_a_memory_group_there_are_no_kills(loop: Loop) -> None:
-    watch = oom.OomWatch(loop, "", 2, follow=True)
+def test_without_a_memory_group_there_are_no_kills() -> None:
+    watch = oom.OomWatch("", 2)
     assert watch.kills() == 0
     watch.close()
 

@@ -1,0 +1,203 @@
+"""Runs in: the monitor, the keeper itself, for nearly all of its life.
+
+It holds what must not end before the container does: the lock, the socket, the read ends of the output, the
+log, the parenthood of the container's init. It writes the log, reaps, and forks a hand (workers/monitor/
+hand.py) for whoever connects; it decodes no message and knows no runtime. There are as many keepers as
+containers, and a forked Python process dirties a page for nearly every function it runs, since reference
+counts stand in the objects: so this one runs few, says what it means in place, and uses no loop but epoll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+
+from workers.monitor.log import LINE_LIMIT, Clock, LogFile, Trouble
+from workers.monitor.oom import OomWatch
+from workers.monitor.stdio import READ_BYTES, LoggedStream, waiting_bytes
+
+UNUSED = 600.0  # seconds that a keeper waits for its container
+NEWLINE = 0x0A
+PACKET = 64 * 1024
+
+#: From a hand: take these descriptors and this init; here is the log file anew; how much was logged; the end
+#: may go on; there is nothing to keep. To a hand: the answer; the init ended; the record; all is over.
+TAKE, REOPEN, COUNT, GO, LEAVE = b"T", b"R", b"C", b"G", b"L"
+ANSWER, ENDED, RECORD, OVER = b"A", b"E", b"X", b"O"
+#: pid, kin, with stdin, with log, OOM version (0: not followed), in this order before the descriptors.
+TAKEN = struct.Struct("<iBBBB")
+COUNTS = struct.Struct("<QQ")
+MOMENT = struct.Struct("<q")
+CHILD, STRANGER, GONE = range(
+    3
+)  # the init is ours, somebody else's (a pidfd comes along), or was gone at once
+_FDS = socket.CMSG_SPACE(8 * 4)
+
+
+class Keeper:
+    """What is kept. `hand` is run in a forked child and does not return; `trouble` logs what goes wrong."""
+
+    def __init__(self, listener: int, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
+        self.listener = listener
+        self._trouble = trouble
+        self.streams: dict[int, LoggedStream] = {}  # those that are open, by descriptor
+        self.outputs: list[LoggedStream] = []
+        self.file = LogFile(-1)
+        self.stdin_fd = -1
+        self.oom = OomWatch("", 0)
+        self.hand_pid = 0
+        self.init_pid = 0
+        self.init_fd = -1  # pidfd of an init that is no child of ours
+        self.taken = False
+        self.code: int | None = None  # of the init: -N for signal N, None if nobody knows
+        self.finished_ns = 0
+        self.leaving = False
+        self._hand = hand
+        self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
+        self.link, self.hands_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.wake_fd, self._wakeup_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._epoll = select.epoll()
+
+    def keep(self) -> bool:
+        """Keep until the container's init has ended: True; False if there is nothing to be kept."""
+        epoll, streams, read = self._epoll, self.streams, os.read
+        link = self.link.fileno()
+        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
+        for fd in (self.listener, self.wake_fd, link):
+            epoll.register(fd, select.EPOLLIN)
+        while not self.finished_ns:
+            events = epoll.poll(-1 if self.taken else UNUSED)
+            for fd, _ in events:
+                if fd in streams:
+                    try:
+                        chunk = read(fd, READ_BYTES)
+                    except BlockingIOError:
+                        continue
+                    except OSError:  # EIO: the last process left the terminal
+                        chunk = b""
+                    self._log(fd, chunk)
+                elif fd == self.wake_fd:
+                    self._reap()
+                elif fd == self.listener:
+                    self._fork()
+                elif fd == link:
+                    self._obey()
+                else:
+                    self._look(fd)
+            if not self.hand_pid and (self.leaving or not events):
+                return False
+        return True
+
+    def _log(self, fd: int, chunk: bytes) -> None:
+        """Log what a stream brought. A few whole lines, the most common, are logged with few words."""
+        stream, file = self.streams[fd], self.file
+        if not chunk:
+            self._epoll.unregister(fd)
+            os.close(fd)
+            del self.streams[fd]
+        elif stream.begun or file.strained or len(chunk) > LINE_LIMIT or chunk[-1] != NEWLINE:
+            stream.take(chunk, chunk[-1] != NEWLINE and waiting_bytes(fd) > 0)
+        else:
+            head = stream.clock.stamp() + stream.label
+            file.append(head + chunk[:-1].replace(b"\n", b"\n" + head) + b"\n")
+
+    def _reap(self) -> None:
+        """Reap whatever has ended: a zombie in the container's PID namespace keeps its init from dying."""
+        os.read(self.wake_fd, 512)
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                if pid == self.hand_pid:
+                    self.hand_pid = 0
+                    if status:
+                        self._forget_answers()
+                    self._epoll.register(self.listener, select.EPOLLIN)
+                elif pid == self.init_pid:
+                    self.finished_ns, self.code = time.time_ns(), os.waitstatus_to_exitcode(status)
+                elif not self.taken:
+                    self._early[pid] = time.time_ns(), os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            return
+
+    def _forget_answers(self) -> None:
+        """A hand died: what it had asked is not for the next one."""
+        self.hands_link.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while self.hands_link.recv(PACKET):
+                pass
+
+    def _fork(self) -> None:
+        """Somebody connects: leave him and the socket to a hand until that ends."""
+        self._epoll.unregister(self.listener)
+        self.hand_pid = os.fork()
+        if not self.hand_pid:
+            self._hand(self)
+            os._exit(0)
+
+    def _obey(self) -> None:
+        """Do what a hand says."""
+        kind, data, fds = self.hear()
+        if kind == TAKE:
+            self._take(data, fds)
+        elif kind == REOPEN:
+            self.file.replace(fds[0])
+            self.link.send(ANSWER)
+        elif kind == COUNT:
+            self.link.send(ANSWER + COUNTS.pack(self.file.written, self.file.dropped))
+        elif kind == LEAVE:
+            self.leaving = True
+
+    def hear(self) -> tuple[bytes, bytes, list[int]]:
+        """Return what a hand says: kind, text, descriptors."""
+        data, ancillary, _, _ = self.link.recvmsg(PACKET, _FDS, socket.MSG_CMSG_CLOEXEC)
+        raw = ancillary[0][2] if ancillary else b""
+        return data[:1], data[1:], list(struct.unpack(f"{len(raw) // 4}i", raw))
+
+    def _take(self, data: bytes, fds: list[int]) -> None:
+        """A container was created: its descriptors, its init, the memory group that is to be followed."""
+        pid, kin, stdin, log, oom = TAKEN.unpack(data[: TAKEN.size])
+        if log:
+            self.file = LogFile(fds.pop(0), self._trouble)
+        if stdin:
+            self.stdin_fd = fds.pop(0)
+        if kin == STRANGER:
+            self.init_fd = fds.pop(0)
+            self._epoll.register(self.init_fd, select.EPOLLIN)
+        if oom:
+            self.oom = OomWatch(data[TAKEN.size :].decode(), oom, [fds.pop(0), fds.pop(0)])
+            # A kernfs file is always readable; its events are EPOLLPRI.
+            self._epoll.register(self.oom.event_fd, select.EPOLLPRI if oom == 2 else select.EPOLLIN)
+        clock = Clock()
+        for name, fd in zip(("stdout", "stderr"), fds, strict=False):  # a terminal is one
+            self.streams[fd] = LoggedStream(name, clock, self.file)
+            self.outputs.append(self.streams[fd])
+            self._epoll.register(fd, select.EPOLLIN)
+        self.taken = True
+        if pid in self._early:
+            self.finished_ns, self.code = self._early[pid]
+        elif kin == GONE:
+            self.finished_ns = time.time_ns()
+        elif kin == CHILD:
+            self.init_pid = pid
+        self._early.clear()
+
+    def _look(self, fd: int) -> None:
+        """Something rare: the end of an init that is somebody else's, a change of the OOM count."""
+        if fd == self.init_fd:
+            self.finished_ns = time.time_ns()
+            self._epoll.unregister(fd)
+        elif fd == self.oom.event_fd and not self.oom.changed():
+            self._epoll.unregister(fd)
+
+    def hand_over(self) -> None:
+        """Give the watching up: the container's end is the work of a loop that can do more."""
+        self._epoll.close()
+        signal.set_wakeup_fd(-1)
