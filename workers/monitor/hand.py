@@ -8,6 +8,7 @@ it served are lost and nothing else is.
 
 from __future__ import annotations
 
+import _socket
 import array
 import os
 import socket
@@ -28,7 +29,7 @@ FIRST_WAIT = 1.0  # seconds for the connection it was forked for; it may be gone
 class KeeperLink:
     """The keeper, from a hand."""
 
-    def __init__(self, loop: Loop, sock: socket.socket) -> None:
+    def __init__(self, loop: Loop, sock: _socket.socket) -> None:
         self.over = False
         self._loop = loop
         self._sock = sock

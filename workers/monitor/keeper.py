@@ -9,6 +9,7 @@ counts stand in the objects: so this one runs few, says what it means in place, 
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import os
 import select
@@ -18,10 +19,12 @@ import struct
 import time
 from collections.abc import Callable
 
+from ipc.fds import close_all
 from workers.monitor.log import LINE_LIMIT, Clock, LogFile, Trouble
 from workers.monitor.oom import OomWatch
 from workers.monitor.stdio import READ_BYTES, LoggedStream, waiting_bytes
 
+WARMING = 24  # runs after which CPython 3.11 has specialised what it will
 UNUSED = 600.0  # seconds that a keeper waits for its container
 NEWLINE = 0x0A
 PACKET = 64 * 1024
@@ -41,11 +44,13 @@ _FDS = socket.CMSG_SPACE(8 * 4)
 
 
 class Keeper:
-    """What is kept. `hand` is run in a forked child and does not return; `trouble` logs what goes wrong."""
+    """What is kept. Made before the fork, of which `open` is the child's part: what many of them have before
+    they begin stands in shared pages, or at least together.
 
-    def __init__(self, listener: int, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
-        self.listener = listener
-        self._trouble = trouble
+    `hand` is run in a forked child and does not return; `trouble` logs what goes wrong.
+    """
+
+    def __init__(self) -> None:
         self.streams: dict[int, LoggedStream] = {}  # those that are open, by descriptor
         self.outputs: list[LoggedStream] = []
         self.file = LogFile(-1)
@@ -58,17 +63,28 @@ class Keeper:
         self.code: int | None = None  # of the init: -N for signal N, None if nobody knows
         self.finished_ns = 0
         self.leaving = False
-        self._hand = hand
+        self.listener = -1
+        self.wake_fd = self.wakeup_fd = -1
         self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
-        self.link, self.hands_link = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.wake_fd, self._wakeup_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        clock = Clock()
+        self._ready = [LoggedStream(name, clock, self.file) for name in ("stdout", "stderr")]
+        self._hand: Callable[[Keeper], object]
+
+    def open(self, listener: int, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
+        """Make what is this process's own. Raises OSError."""
+        self.listener = listener
+        self._hand = hand
+        self.file.trouble = trouble
+        # The C type: the class above it costs a quarter of what the keeper may have.
+        self.link, self.hands_link = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.wake_fd, self.wakeup_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll = select.epoll()
 
     def keep(self) -> bool:
         """Keep until the container's init has ended: True; False if there is nothing to be kept."""
         epoll, streams, read = self._epoll, self.streams, os.read
         link = self.link.fileno()
-        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.wakeup_fd, warn_on_full_buffer=False)
         for fd in (self.listener, self.wake_fd, link):
             epoll.register(fd, select.EPOLLIN)
         while not self.finished_ns:
@@ -165,7 +181,7 @@ class Keeper:
         """A container was created: its descriptors, its init, the memory group that is to be followed."""
         pid, kin, stdin, log, oom = TAKEN.unpack(data[: TAKEN.size])
         if log:
-            self.file = LogFile(fds.pop(0), self._trouble)
+            self.file.replace(fds.pop(0))
         if stdin:
             self.stdin_fd = fds.pop(0)
         if kin == STRANGER:
@@ -175,9 +191,8 @@ class Keeper:
             self.oom = OomWatch(data[TAKEN.size :].decode(), oom, [fds.pop(0), fds.pop(0)])
             # A kernfs file is always readable; its events are EPOLLPRI.
             self._epoll.register(self.oom.event_fd, select.EPOLLPRI if oom == 2 else select.EPOLLIN)
-        clock = Clock()
-        for name, fd in zip(("stdout", "stderr"), fds, strict=False):  # a terminal is one
-            self.streams[fd] = LoggedStream(name, clock, self.file)
+        for fd in fds:  # a terminal is one
+            self.streams[fd] = self._ready.pop(0)
             self.outputs.append(self.streams[fd])
             self._epoll.register(fd, select.EPOLLIN)
         self.taken = True
@@ -201,3 +216,31 @@ class Keeper:
         """Give the watching up: the container's end is the work of a loop that can do more."""
         self._epoll.close()
         signal.set_wakeup_fd(-1)
+
+
+def warm_up() -> None:
+    """Run what a keeper runs until the interpreter has specialised it, which writes into the code: before
+    the forks, so that the keepers share that. Raises OSError."""
+    for _ in range(WARMING):
+        _keep_nothing()
+
+
+def _keep_nothing() -> None:
+    keeper = Keeper()
+    listener, ended = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(1, os.EFD_CLOEXEC)
+    keeper.open(listener, lambda _: None, print)
+    outputs = [os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) for _ in range(2)]
+    for _, write_fd in outputs:
+        os.write(write_fd, b"first\nsecond\n")
+        os.close(write_fd)
+    fds = [os.memfd_create("log", os.MFD_CLOEXEC), ended, *(read_fd for read_fd, _ in outputs)]
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+    keeper.hands_link.sendmsg([TAKE + TAKEN.pack(0, STRANGER, False, True, 0)], rights)
+    close_all(fds)
+    os.write(keeper.wakeup_fd, b"\0")
+    keeper.keep()
+    keeper.hand_over()
+    close_all([listener, keeper.wake_fd, keeper.wakeup_fd, keeper.init_fd, *keeper.streams])
+    keeper.file.replace(-1)
+    keeper.link.close()
+    keeper.hands_link.close()

@@ -124,7 +124,7 @@ class LogFile:
         self.written = 0
         self.dropped = 0
         self.failing = False
-        self._trouble = trouble
+        self.trouble = trouble
         self._torn = b""  # the end of a record whose beginning is in the file
         self._fd = fd
 
@@ -184,12 +184,12 @@ class LogFile:
     def _fail(self, error: OSError) -> None:
         if not self.failing:
             self.failing = True
-            self._trouble("log cannot be written", error=error)
+            self.trouble("log cannot be written", error=error)
 
     def _mend(self) -> None:
         if self.failing:
             self.failing = False
-            self._trouble("log is written again", bytes_dropped=self.dropped)
+            self.trouble("log is written again", bytes_dropped=self.dropped)
 
     def replace(self, fd: int) -> None:
         """Go on in another file, between two records. Takes it over."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from ipc import kernel, wire
@@ -27,7 +28,7 @@ from ipc.table import ROOT, Handler, Handlers, table
 from workers.monitor import hand
 from workers.monitor.container import Container, Link
 from workers.monitor.containerlog import ContainerLog
-from workers.monitor.keeper import Keeper
+from workers.monitor.keeper import Keeper, warm_up
 from workers.monitor.lastact import LastAct
 from workers.monitor.procfs import signal_number
 from workers.monitor.reaper import Reaper
@@ -135,11 +136,16 @@ def preload() -> None:
     kernel.bare_prctl(kernel.PR_GET_DUMPABLE)
 
 
-def prepare_process() -> int:
-    """What all monitors have in common and inherit: once, in whoever forks them, or in one alone.
+@dataclass
+class Ground:
+    """What a monitor inherits: its children's OOM score, and a keeper that has nothing yet."""
 
-    Returns the OOM score that a monitor's children are to have.
-    """
+    normal_score: int
+    keeper: Keeper
+
+
+def prepare_process() -> Ground:
+    """What all monitors have in common: once, in whoever forks nothing but them, or in one alone."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, _woken)
@@ -147,7 +153,8 @@ def prepare_process() -> int:
     os.chdir("/")
     score = OomScore()
     score.close()
-    return score.normal
+    warm_up()
+    return Ground(score.normal, Keeper())
 
 
 def _woken(_number: int, _frame: object) -> None:
@@ -162,18 +169,21 @@ def run(
     directory: str,
     lock_fd: int,
     listener: socket.socket,
-    normal_score: int | None = None,
+    ground: Ground | None = None,
 ) -> None:
     """A monitor's life. `lock_fd` is held to its end: that is how others see that it lives.
 
-    `normal_score`: what `prepare_process` returned in the process that forked this one, None if it is yet to
-    be called.
+    `ground`: what `prepare_process` returned in the process that forked this one, None if it is yet to be
+    called.
     """
-    monitor = Monitor(context, container_id, pod_id, directory, listener)
-    monitor.normal_score = prepare_process() if normal_score is None else normal_score
+    ground = ground or prepare_process()
     os.set_inheritable(lock_fd, False)
     kernel.bare_prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-    keeper = Keeper(listener.fileno(), monitor.hand, monitor.trouble)
+    monitor = Monitor(
+        context, container_id, pod_id, directory, listener=listener, normal_score=ground.normal_score
+    )
+    keeper = ground.keeper
+    keeper.open(listener.fileno(), monitor.hand, monitor.trouble)
     if keeper.keep():
         monitor.end(keeper)
 
@@ -182,9 +192,16 @@ class Monitor:
     """One monitor's parts, made when they are needed: its keeper needs none of them."""
 
     def __init__(
-        self, context: Context, container_id: str, pod_id: str, directory: str, listener: socket.socket
+        self,
+        context: Context,
+        container_id: str,
+        pod_id: str,
+        directory: str,
+        *,
+        listener: socket.socket,
+        normal_score: int,
     ) -> None:
-        self.normal_score = 0
+        self._normal_score = normal_score
         self._context = context
         self._container_id = container_id
         self._pod_id = pod_id
@@ -244,7 +261,7 @@ class Monitor:
             server.close()
 
     def _launcher(self, loop: Loop) -> Launcher:
-        return Launcher(loop, Reaper(loop), self.normal_score)
+        return Launcher(loop, Reaper(loop), self._normal_score)
 
     def _container(self, loop: Loop, launcher: Launcher, link: Link, monitor_pid: int) -> Container:
         return Container(

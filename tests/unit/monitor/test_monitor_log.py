@@ -85,7 +85,7 @@ def test_an_endless_line_is_never_kept_in_memory() -> None:
     encoder = Encoder("stdout")
     for _ in range(10):
         encoder.feed(b"w" * 100_000, STAMP, more=True)
-        assert len(encoder._rest) < LINE_LIMIT
+        assert len(encoder.rest) < LINE_LIMIT
 
 
 @pytest.fixture
