@@ -18,8 +18,19 @@ from ipc.table import Handler, table
 CALLERS = frozenset({"root", "cri"})
 
 
+def prepare_process() -> None:
+    """Nothing is prepared."""
+
+
 def run(
-    context: Any, *, container_id: str, pod_id: str, directory: str, lock_fd: int, listener: socket.socket
+    context: Any,
+    *,
+    container_id: str,
+    pod_id: str,
+    directory: str,
+    lock_fd: int,
+    listener: socket.socket,
+    ground: None = None,
 ) -> None:
     loop = Loop()
 
