@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ipc import channel
@@ -103,20 +103,23 @@ class Monitors:
         container_id, pod_id, directory = words
         lock_fd, listener_fd = fds
         set_title(f"bulkhead: monitor {container_id[:SHORT_ID]}")
+        self._module.run(
+            partial(self._context, container_id),
+            container_id=container_id,
+            pod_id=pod_id,
+            directory=directory,
+            lock_fd=lock_fd,
+            listener_fd=listener_fd,
+            ground=ground,
+        )
+
+    def _context(self, container_id: str) -> spawn.WorkerContext:
         settings = self._nursery_settings
         assert settings is not None
         log = Log(
             f"monitor {container_id[:SHORT_ID]}", sink=self._ground.log_socket, level=settings.log_level
         )
-        self._module.run(
-            spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log),
-            container_id=container_id,
-            pod_id=pod_id,
-            directory=directory,
-            lock_fd=lock_fd,
-            listener=socket.socket(fileno=listener_fd),
-            ground=ground,
-        )
+        return spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log)
 
     def _ended(self, container_id: str, pid: int, started: float, code: int) -> None:
         self._ground.sink.forget(pid)

@@ -38,12 +38,12 @@ def start(context: Context, container_id: str, ground: main.Ground) -> int:
     if pid == 0:
         try:
             main.run(
-                context,
+                lambda: context,
                 container_id=container_id,
                 pod_id="pod",
                 directory=directory,
                 lock_fd=lock_fd,
-                listener=listener,
+                listener_fd=listener.fileno(),
                 ground=ground,
             )
         finally:

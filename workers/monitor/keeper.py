@@ -27,7 +27,7 @@ from workers.monitor.stdio import READ_BYTES, LoggedStream, waiting_bytes
 WARMING = 24  # runs after which CPython 3.11 has specialised what it will
 UNUSED = 600.0  # seconds that a keeper waits for its container
 NEWLINE = 0x0A
-PACKET = 64 * 1024
+PACKET = 8 * 1024  # bytes of what keeper and hands say
 
 #: From a hand: take these descriptors and this init; here is the log file anew; how much was logged; the end
 #: may go on; there is nothing to keep. To a hand: the answer; the init ended; the record; all is over.

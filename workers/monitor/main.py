@@ -8,6 +8,7 @@ state is deleted, or when it was never asked to create one; no signal but SIGKIL
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -138,9 +139,9 @@ def preload() -> None:
 
 @dataclass
 class Ground:
-    """What a monitor inherits: its children's OOM score, and a keeper that has nothing yet."""
+    """What a monitor inherits: its parts, which have nothing yet."""
 
-    normal_score: int
+    monitor: Monitor
     keeper: Keeper
 
 
@@ -154,7 +155,8 @@ def prepare_process() -> Ground:
     score = OomScore()
     score.close()
     warm_up()
-    return Ground(score.normal, Keeper())
+    gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
+    return Ground(Monitor(score.normal), Keeper())
 
 
 def _woken(_number: int, _frame: object) -> None:
@@ -162,28 +164,27 @@ def _woken(_number: int, _frame: object) -> None:
 
 
 def run(
-    context: Context,
+    context: Callable[[], Context],
     *,
     container_id: str,
     pod_id: str,
     directory: str,
     lock_fd: int,
-    listener: socket.socket,
+    listener_fd: int,
     ground: Ground | None = None,
 ) -> None:
     """A monitor's life. `lock_fd` is held to its end: that is how others see that it lives.
 
-    `ground`: what `prepare_process` returned in the process that forked this one, None if it is yet to be
-    called.
+    `context` is called where it is needed, not in a keeper. `ground`: what `prepare_process` returned in the
+    process that forked this one, None if it is yet to be called.
     """
     ground = ground or prepare_process()
     os.set_inheritable(lock_fd, False)
     kernel.bare_prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
-    monitor = Monitor(
-        context, container_id, pod_id, directory, listener=listener, normal_score=ground.normal_score
-    )
-    keeper = ground.keeper
-    keeper.open(listener.fileno(), monitor.hand, monitor.trouble)
+    monitor, keeper = ground.monitor, ground.keeper
+    monitor.make_context = context
+    monitor.names = container_id, pod_id, directory
+    keeper.open(listener_fd, monitor.hand, monitor.trouble)
     if keeper.keep():
         monitor.end(keeper)
 
@@ -191,29 +192,24 @@ def run(
 class Monitor:
     """One monitor's parts, made when they are needed: its keeper needs none of them."""
 
-    def __init__(
-        self,
-        context: Context,
-        container_id: str,
-        pod_id: str,
-        directory: str,
-        *,
-        listener: socket.socket,
-        normal_score: int,
-    ) -> None:
+    def __init__(self, normal_score: int) -> None:
+        self.make_context: Callable[[], Context]
+        self.names = ("", "", "")  # container, pod, directory
         self._normal_score = normal_score
-        self._context = context
-        self._container_id = container_id
-        self._pod_id = pod_id
-        self._directory = directory
-        self._listener = listener
+
+    def _begin(self, keeper: Keeper) -> None:
+        gc.enable()
+        self._context = self.make_context()
+        self._container_id, self._pod_id, self._directory = self.names
+        self._listener = socket.socket(fileno=keeper.listener)
 
     def _log(self) -> ContainerLog:
         return ContainerLog(self._context.log, pod=self._pod_id, container=self._container_id)
 
     def trouble(self, event: str, **fields: object) -> None:
         """Log what goes wrong in the keeper."""
-        self._log().warning(event, **fields)
+        container_id, pod_id, _ = self.names
+        ContainerLog(self.make_context().log, pod=pod_id, container=container_id).warning(event, **fields)
 
     def hand(self, keeper: Keeper) -> None:
         """Be a hand, in a forked child. Does not return."""
@@ -222,11 +218,12 @@ class Monitor:
             self._serve_as_hand(keeper)
             status = 0
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-            self._context.log.bug("a monitor's hand ended by a bug", error, container=self._container_id)
+            self.make_context().log.bug("a monitor's hand ended by a bug", error, container=self.names[0])
         finally:
             os._exit(status)
 
     def _serve_as_hand(self, keeper: Keeper) -> None:
+        self._begin(keeper)
         monitor_pid = os.getppid()
         kernel.die_with_parent(signal.SIGKILL, monitor_pid)
         signal.set_wakeup_fd(-1)
@@ -246,6 +243,7 @@ class Monitor:
     def end(self, keeper: Keeper) -> None:
         """The container's init has ended: see to the rest."""
         keeper.hand_over()
+        self._begin(keeper)
         loop = Loop()
         launcher = self._launcher(loop)
 
