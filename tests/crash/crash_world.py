@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
@@ -36,7 +36,6 @@ class World:
     witness_pod: str = ""
     witness_pid: int = 0
     sequence: int = 0
-    _info: dict[str, int] = field(default_factory=dict)
 
     # -- clients ------------------------------------------------------------------------------------
 
