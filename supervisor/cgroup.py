@@ -197,6 +197,13 @@ class Groups:
             for word in _read(f"{directory}/cgroup.procs").split()
         }
 
+    def oom_kills(self, path: str) -> int:
+        """How many processes of a group the kernel has killed because memory was short."""
+        v2 = self.hierarchies.version == 2
+        root = self.hierarchies.mounts.get("" if v2 else "memory", "")
+        text = _read(f"{root}{path}/{'memory.events' if v2 else 'memory.oom_control'}") if root else ""
+        return int(dict(line.split(" ", 1) for line in text.splitlines()).get("oom_kill", "0"))
+
     def remove(self, path: str) -> bool:
         """Remove a group and empty groups below it. Returns False if something is left."""
         removed = [_remove_tree(directory) for directory in self._directories(path)]  # each is tried

@@ -174,7 +174,10 @@ class Kind:
         self.last_death = describe(code, self._ground.loop.time() - worker.started)
         self.restarts += 1
         self._tally.add(self.entry.kind, worker.pid, self.last_death, worker.why)
-        verdict = self._policy.condemn() if worker.condemned else self._policy.died()
+        if worker.condemned:
+            verdict = self._policy.condemn()
+        else:
+            verdict = self._policy.died(blameless=worker.blameless(code))
         self._ground.log.error(
             "worker died",
             kind=self.entry.kind,

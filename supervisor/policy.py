@@ -4,6 +4,9 @@ When a worker that died is started again. The first death costs nothing: the nex
 Then come 1, 2, 4 ... seconds with jitter, up to a maximum, until a worker has been ready for long enough
 to forget the past. Too many deaths in a short time mean FAILED: slow tries, which go on for ever, because
 a node whose registry client crashes must still run pods.
+
+What a worker is not to blame for (SIGKILL from outside, after it had been ready for a while) is no sign that
+the next one will die: it costs nothing and is not held against its kind.
 """
 
 from __future__ import annotations
@@ -65,9 +68,16 @@ class Policy:
         self._ready_since = self._clock()
         self.state = State.GOOD
 
-    def died(self) -> Verdict:
-        """A worker died unasked. Returns what to do."""
+    def died(self, *, blameless: bool = False) -> Verdict:
+        """A worker died unasked. Returns what to do. `blameless`: somebody else ended it.
+
+        One that is killed before it was ready for `first_delay` counts like any other, so that whoever
+        kills without end gets no more than one worker in that time.
+        """
         now = self._clock()
+        if blameless and self._ready_since is not None and now - self._ready_since >= self._rules.first_delay:
+            self._ready_since = None
+            return Verdict(self.state, 0.0)
         self._forget_if_long_ready(now)
         self._ready_since = None
         self._streak += 1

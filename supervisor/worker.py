@@ -99,6 +99,8 @@ class Worker:
     _stderr: Lines = field(default_factory=Lines)
     _asking: bool = False
     _timer: Timer | None = None
+    _signalled: bool = False
+    _oom_kills: int = 0
 
     # -- beginning ------------------------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class Worker:
     def start(cls, ground: Ground, origin: Origin, events: Events) -> Worker:
         """Fork it. Raises OSError if there can be no process."""
         worker = cls(ground, origin, events)
+        worker._oom_kills = worker._count_oom_kills()
         ours, theirs = pair()
         worker._stderr_fd, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -251,8 +254,16 @@ class Worker:
         self._timer = self.ground.loop.call_later(seconds, lambda: self._signal(signal.SIGKILL))
 
     def _signal(self, number: int) -> None:
+        self._signalled = True
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)  # not reaped yet, so the number is still its own
+
+    def blameless(self, code: int) -> bool:
+        """Whether somebody else ended it: SIGKILL that is neither ours nor the price of its memory."""
+        return code == -signal.SIGKILL and not self._signalled and self._count_oom_kills() == self._oom_kills
+
+    def _count_oom_kills(self) -> int:
+        return self.ground.groups.oom_kills(self.ground.groups.worker(self.kind))
 
     def _channel_closed(self) -> None:
         self._control = None

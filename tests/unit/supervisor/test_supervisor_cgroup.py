@@ -41,6 +41,23 @@ def test_a_host_without_any_cgroup_mount_is_told_of_and_no_error() -> None:
 
 
 @pytest.mark.parametrize(
+    ("version", "mounts", "name", "text"),
+    [
+        (1, "memory", "memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"),
+        (2, "", "memory.events", "low 0\noom 4\noom_kill 3\noom_group_kill 0\n"),
+    ],
+)
+def test_kills_for_want_of_memory_are_counted(
+    tmp_path: Path, version: int, mounts: str, name: str, text: str
+) -> None:
+    groups = Groups(Hierarchies(version, {mounts: str(tmp_path)}, ()), "bulkhead")
+    assert groups.oom_kills("/bulkhead/cri") == 0, "there is no such group"
+    (tmp_path / "bulkhead/cri").mkdir(parents=True)
+    (tmp_path / "bulkhead/cri" / name).write_text(text)
+    assert groups.oom_kills("/bulkhead/cri") == 3
+
+
+@pytest.mark.parametrize(
     ("parent", "path"),
     [
         ("/kubepods/burstable/pod1", "/kubepods/burstable/pod1"),

@@ -77,6 +77,19 @@ def test_starting_slowly_is_not_being_ready() -> None:
     assert policy.died().delay == 1.0
 
 
+def test_kills_from_outside_after_good_service_are_not_held_against_a_kind() -> None:
+    policy, clock = make()
+    policy.died()
+    for _ in range(20):
+        policy.ready()
+        clock.now += RULES.first_delay
+        verdict = policy.died(blameless=True)
+        assert (verdict.state, verdict.delay, policy.streak) == (State.GOOD, 0.0, 1)
+    assert policy.died(blameless=True).delay == RULES.first_delay, "it had not become ready"
+    policy.ready()
+    assert policy.died(blameless=True).delay == 2 * RULES.first_delay, "it had hardly become ready"
+
+
 def test_what_no_retry_makes_good_is_failed_at_once() -> None:
     policy, _ = make()
     assert policy.condemn().state is State.FAILED
