@@ -33,6 +33,9 @@ PROBED = frozenset({"runtimes", "default_runtime", "containers.apparmor_profile"
 #: Runtimes whose every release since 1.0 joins a user namespace by its path, and whose older ones have no
 #: `features` to say so.
 JOINS_USER_NAMESPACES = re.compile(r"(?:crun|runc) version (?:[1-9]\d*)\.")
+#: Likewise those that make a mount read-only with all below it ("rro"), if the kernel has mount_setattr.
+RECURSIVE_READ_ONLY = re.compile(r"crun version (?:1\.(?:[4-9]|\d\d+)|[2-9]|\d\d+)\b")
+MOUNT_SETATTR_SINCE = (5, 12)
 APPARMOR_DEFAULT = "bulkhead-default"
 APPARMOR_PROFILES = "/sys/kernel/security/apparmor/profiles"
 #: Where our profile is: installed, or in a clone.
@@ -98,8 +101,7 @@ class HostProbe:
         self._log = log
         self._waiting: list[Callable[[HostInfo], object]] = []
         self._open = 0
-        self._versions: dict[str, str] = {}
-        self._joins: dict[str, bool] = {}
+        self._versions: dict[str, str] = {}  # what --version printed
         self._features: dict[str, Mapping[str, Any]] = {}
         self._config = config
         self._hierarchies = hierarchies
@@ -165,9 +167,7 @@ class HostProbe:
 
     def _version(self, name: str, code: int, output: bytes) -> None:
         if code == 0:
-            text = output.decode("utf-8", "replace")
-            self._versions[name] = version_of(text)
-            self._joins[name] = JOINS_USER_NAMESPACES.match(text) is not None
+            self._versions[name] = output.decode("utf-8", "replace")
 
     def _feature(self, name: str, code: int, output: bytes) -> None:
         with contextlib.suppress(ValueError):
@@ -184,8 +184,6 @@ class HostProbe:
             runtime_info(self._config, name, self._versions.get(name, ""), self._features.get(name))
             for name in self._config.runtimes
         ]
-        for info in self._info.runtimes:
-            info.user_namespaces = info.user_namespaces or self._joins.get(info.name, False)
         self._info.degraded += [
             f"runtime {r.name}: {r.path} does not run" for r in self._info.runtimes if not r.version
         ]
@@ -213,24 +211,36 @@ def version_of(output: str) -> str:
 
 
 def runtime_info(config: Config, name: str, version: str, features: Mapping[str, Any] | None) -> RuntimeInfo:
-    """Make a RuntimeInfo of what the runtime printed (OCI runtime-spec, features.md)."""
+    """Make a RuntimeInfo of what the runtime printed (OCI runtime-spec, features.md).
+
+    A release without `features` is taken to have what its version is known for, and nothing else.
+    """
     info = RuntimeInfo(
         name=name,
         path=config.runtimes[name].path,
-        version=version,
+        version=version_of(version),
         default=name == config.default_runtime,
         known=features is not None,
         oci_version_max=OCI_VERSION_OLD,
+        user_namespaces=JOINS_USER_NAMESPACES.match(version) is not None,
+        recursive_read_only=features is None and makes_read_only_recursively(version, os.uname().release),
     )
     if features is not None:
         options = features.get("mountOptions")
         info.recursive_read_only = isinstance(options, list) and "rro" in options
         info.idmap = _dig(features, "linux", "mountExtensions", "idmap", "enabled") is True
         known = _dig(features, "linux", "namespaces")
-        info.user_namespaces = isinstance(known, list) and "user" in known
+        info.user_namespaces = info.user_namespaces or (isinstance(known, list) and "user" in known)
         newest = features.get("ociVersionMax")
         info.oci_version_max = newest if isinstance(newest, str) else OCI_VERSION_OLD
     return info
+
+
+def makes_read_only_recursively(version: str, kernel: str) -> bool:
+    """Whether a runtime that has no `features` honours "rro", by its --version and the kernel's release."""
+    numbers = re.match(r"(\d+)\.(\d+)", kernel)
+    new_enough = numbers is not None and (int(numbers[1]), int(numbers[2])) >= MOUNT_SETATTR_SINCE
+    return new_enough and RECURSIVE_READ_ONLY.match(version) is not None
 
 
 def _dig(value: Any, *path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -21,12 +22,23 @@ from tests.support.registry import busybox_image, make_image, make_layer, push
 HANDLERS = ("crun", "runc")
 Security = pb.LinuxContainerSecurityContext
 Type = pb.SecurityProfile.ProfileType
-CONFIG = """
+#: A runtime of the time before "rro" and `features`.
+OLD = Path("/tmp/bh-old-crun")
+OLD_RUNTIME = """#!/bin/sh
+case "$*" in
+--version) echo crun version 1.3;;
+features) exit 1;;
+*) exec crun "$@";;
+esac
+"""
+CONFIG = f"""
 [containers]
 default_env = ["FROM_NODE=1", "SHARED=node"]
 default_ulimits = ["nofile=123:456", "core=0"]
 [runtimes.crun]
 allowed_annotations = ["example.com/*", "run.oci.*"]
+[runtimes.old]
+path = "{OLD}"
 """
 
 
@@ -37,10 +49,14 @@ USERS = b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n"
 @pytest.fixture(scope="module")
 def kubelet() -> Iterator[Kubelet]:
     machine.enter()
+    OLD.write_text(OLD_RUNTIME)
+    OLD.chmod(0o755)
     with (
+        contextlib.ExitStack() as stack,
         served(larger_files=1) as images,
         Node(registries=images.registries_conf, bridge="bhfld1", config=CONFIG) as node,
     ):
+        stack.callback(OLD.unlink)
         made = Kubelet(node, images)
         config = {
             "Cmd": ["sh"],
@@ -110,16 +126,16 @@ def test_recursive_read_only_is_honoured_where_it_is_claimed_and_refused_elsewhe
 ) -> None:
     status = kubelet.node.runtime.Status(pb.StatusRequest(), timeout=10)
     claims = {h.name: h.features.recursive_read_only_mounts for h in status.runtime_handlers}
-    assert claims["runc"]
+    assert claims == {"": True, "crun": True, "runc": True, "old": False}
     mounts = bind(volume, readonly=True, recursive_read_only=True)
-    container_id = kubelet.running("runc", mounts=mounts)
-    assert kubelet.fails(container_id, "touch", "/v/below/x")
-    plain = kubelet.running("runc", mounts=bind(volume, readonly=True))
-    assert not kubelet.fails(plain, "touch", "/v/below/x")
-    if not claims["crun"]:
-        error = refusal(lambda: kubelet.created("crun", mounts=mounts))
-        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert error.details().startswith("RROUnsupported: ")
+    for handler in HANDLERS:
+        container_id = kubelet.running(handler, mounts=mounts)
+        assert kubelet.fails(container_id, "touch", "/v/below/x")
+        plain = kubelet.running(handler, mounts=bind(volume, readonly=True))
+        assert not kubelet.fails(plain, "touch", "/v/below/x")
+    error = refusal(lambda: kubelet.created("old", mounts=mounts))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert error.details().startswith("RROUnsupported: ")
 
 
 # -- who, with what ---------------------------------------------------------------------------------------

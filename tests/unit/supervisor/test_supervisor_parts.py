@@ -244,6 +244,23 @@ def test_a_runtime_that_says_little_or_nonsense_is_taken_as_old(features: dict[s
 
 
 @pytest.mark.parametrize(
+    ("output", "kernel", "honours"),
+    [
+        ("crun version 1.4\n", "5.12.0-amd64", True),
+        ("crun version 1.10.1\n", "6.1.0", True),
+        ("crun version 1.3\n", "6.1.0", False),
+        ("crun version 1.8.1\n", "5.10.0", False),
+        ("runc version 1.1.5+ds1\n", "6.1.0", False),
+        ("", "nonsense", False),
+    ],
+)
+def test_old_runtimes_that_honour_rro_are_known_by_their_version(
+    output: str, kernel: str, honours: bool
+) -> None:
+    assert hostinfo.makes_read_only_recursively(output, kernel) is honours
+
+
+@pytest.mark.parametrize(
     ("output", "joins"),
     [
         ("crun version 1.8.1\n", True),
