@@ -14,6 +14,7 @@ import importlib
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ from supervisor.title import set_title
 
 BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
 GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
+
+BOOT = "workers.boot"  # the first code of every worker
 
 #: Sockets and other things a child keeps beyond 0, 1, 2.
 Descriptors = Collection[int]
@@ -178,7 +181,8 @@ class WorkerPlan:
 
 def run_worker(plan: WorkerPlan) -> None:
     """A worker's life, in the child: imports, sandbox, its module's run (workers/boot.py)."""
-    boot = importlib.import_module("workers.boot")
+    do_without(plan.entry.without)
+    boot = importlib.import_module(BOOT)
     module = importlib.import_module(plan.entry.module)
     context = boot.Context(
         kind=plan.entry.kind,
@@ -189,6 +193,12 @@ def run_worker(plan: WorkerPlan) -> None:
         extra=dict(plan.extra),
     )
     boot.main(module, context, lambda: _enter(plan))
+
+
+def do_without(modules: Collection[str]) -> None:
+    """Make imports of these fail, here and in what is imported: libraries take what they find."""
+    for name in modules:
+        sys.modules[name] = None  # type: ignore[assignment]  # the language's own way to say so
 
 
 def _enter(plan: WorkerPlan) -> SandboxReport:

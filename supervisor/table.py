@@ -51,7 +51,8 @@ class Entry:
     `maximum` count processes; a pool's maximum may be configured ([pools]). `recycle` ends a worker in order
     after so many served requests, 0 never. `callers` may connect to `<run_root>/ipc/<kind>.sock`. `extra`
     names further listening sockets (supervisor/sockets.py binds them). `preload`: the module is imported
-    before the fork and shared. `stop_order`: low numbers are told to stop first. Life and limits of the
+    before the fork and shared. `without`: modules that cannot be imported in it, however much a library would
+    like to. `stop_order`: low numbers are told to stop first. Life and limits of the
     rest are in `sandbox` and `limits`; None means those of the supervisor.
     """
 
@@ -68,6 +69,7 @@ class Entry:
     limits: Limits | None = None
     extra: tuple[str, ...] = ()
     preload: bool = False
+    without: frozenset[str] = frozenset()
     stop_order: int = 0
 
     @property
@@ -100,6 +102,7 @@ TABLE: Table = by_kind(
         purpose="layers, images, root file systems, files of a pod",
         module="workers.storage.main",
         callers=frozenset({"cri"}),
+        preload=True,
         sandbox=Sandbox(
             namespaces=frozenset({"net", "ipc", "uts"}),
             seccomp="storage",
@@ -116,6 +119,7 @@ TABLE: Table = by_kind(
         purpose="namespaces, CNI plugins, host ports",
         module="workers.network.main",
         callers=frozenset({"cri"}),
+        preload=True,
         sandbox=Sandbox(
             namespaces=frozenset({"ipc"}),
             seccomp="network",
@@ -133,6 +137,7 @@ TABLE: Table = by_kind(
         module="workers.cri.main",
         user="cri",
         callers=frozenset({"stream", "ops"}),
+        without=frozenset({"ssl"}),  # asyncio takes it if it is there: 2.5 MB, for one without a network
         sandbox=Sandbox(
             namespaces=frozenset({"net", "mnt", "ipc", "uts"}),
             seccomp="cri",

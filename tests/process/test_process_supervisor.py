@@ -420,7 +420,7 @@ def test_the_supervisor_is_small_has_one_thread_and_loads_no_network_library(ins
     status = Path(f"/proc/{instance.pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     assert int(fields["Threads"]) == 1
-    assert int(fields["VmRSS"].split()[0]) < 26_000
+    assert int(fields["VmRSS"].split()[0]) < 28_000  # 3 MB of it is what storage, network, monitors share
     mapped = Path(f"/proc/{instance.pid}/maps").read_text()
     assert not [word for word in ("grpc", "_ssl", "libssl", "_asyncio", "libcrypto") if word in mapped]
 

@@ -9,9 +9,9 @@ running pulls and their progress, nothing durable: a layer exists whole or not a
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import time
+from _blake2 import blake2b  # by itself: hashlib brings OpenSSL, 2 MB, with it
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -379,4 +379,4 @@ def fingerprint(auth: Auth | None) -> str:
     """
     if auth is None:
         return ""
-    return hashlib.blake2b(msgspec.msgpack.encode(auth), key=_SECRET, digest_size=8).hexdigest()
+    return blake2b(msgspec.msgpack.encode(auth), key=_SECRET, digest_size=8).hexdigest()

@@ -4,7 +4,7 @@ One run of one CNI plugin: the program found in the plugin directories, its envi
 standard input, everything it says bounded, an end by a deadline. The plugin leads a process group that is
 killed whole, and holds the operation's lock: should this process be killed, whoever takes the pod up next
 finds and kills it by that (records.PodLock). A death signal would need Python code between fork and exec,
-which costs a copy of this process's page tables for each plugin.
+which costs a copy of this process's page tables for each plugin; a spawn shares them until the exec.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import os
 import selectors
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ STDERR_LIMIT = 16 * 1024  # the tail is kept
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Variables of ours that mean something else to a plugin.
 _NOT_INHERITED = ("CNI_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "PYTHON")
+_DEFAULTED = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores them
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,22 @@ class Output:
     code: int
     stdout: bytes
     stderr: bytes
+
+
+@dataclass
+class _Process:
+    """A running plugin and the read ends of its pipes; `code` is known when it was reaped."""
+
+    pid: int
+    stdout_fd: int
+    stderr_fd: int
+    code: int | None = None
+
+    def wait(self) -> int:
+        """Reap it."""
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
 
 
 def find(kind: str, directories: Sequence[str]) -> str:
@@ -59,24 +75,41 @@ def run(
         _end(process)
 
 
-def _start(path: str, environment: Mapping[str, str], config: bytes, lock_fd: int) -> subprocess.Popen[bytes]:
-    stdin_fd = _memory_file(config)
+def _start(path: str, environment: Mapping[str, str], config: bytes, lock_fd: int) -> _Process:
+    """Start it in the directory that this process stands in, the root."""
+    with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+        stdin_fd = _memory_file(config)
+        theirs.callback(os.close, stdin_fd)
+        ends = [stdin_fd]
+        outputs = []
+        for _ in ("stdout", "stderr"):
+            read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+            ours.callback(os.close, read_fd)
+            theirs.callback(os.close, write_fd)
+            os.set_blocking(read_fd, False)
+            ends.append(write_fd)
+            outputs.append(read_fd)
+        pid = _spawn(path, environment, ends, lock_fd)
+        ours.pop_all()
+    return _Process(pid, *outputs)
+
+
+def _spawn(path: str, environment: Mapping[str, str], ends: Sequence[int], lock_fd: int) -> int:
+    actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(ends)]
+    if lock_fd >= 0:
+        actions.append((os.POSIX_SPAWN_DUP2, lock_fd, lock_fd))  # onto itself: kept open
     try:
-        return subprocess.Popen(
+        return os.posix_spawn(
+            path,
             [path],
-            stdin=stdin_fd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**_inherited(), **environment},
-            cwd="/",
-            process_group=0,
-            pass_fds=() if lock_fd < 0 else (lock_fd,),
-            bufsize=0,
+            {**_inherited(), **environment},
+            file_actions=actions,
+            setpgroup=0,
+            setsigmask=[],
+            setsigdef=_DEFAULTED,
         )
     except OSError as error:
         raise PluginError(f"{path} cannot be started: {error.strerror}") from None
-    finally:
-        os.close(stdin_fd)
 
 
 def _memory_file(data: bytes) -> int:
@@ -93,27 +126,22 @@ def _inherited() -> dict[str, str]:
     return {"PATH": _PATH, **ours}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.returncode is None:
+def _end(process: _Process) -> None:
+    if process.code is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    for pipe in (process.stdout, process.stderr):
-        assert pipe is not None
-        pipe.close()
+    for fd in (process.stdout_fd, process.stderr_fd):
+        os.close(fd)
 
 
 class _Listener:
     """Collects what a plugin says until it ends; does not wait for others that hold its pipes."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    def __init__(self, process: _Process) -> None:
         self._process = process
-        self._stdout, self._stderr = process.stdout.fileno(), process.stderr.fileno()
+        self._stdout, self._stderr = process.stdout_fd, process.stderr_fd
         self._said = {self._stdout: bytearray(), self._stderr: bytearray()}
-        for fd in self._said:
-            os.set_blocking(fd, False)
 
     def listen(self, deadline: float) -> Output:
         """Return the output. Raises PluginTimeout, PluginError."""

@@ -37,7 +37,10 @@ FORBIDDEN_IN_SUPERVISOR = {
 CLIENT = re.compile(r"supervisor/cli/bulkheadctl|supervisor/cli/ctl")
 
 #: The files that may fork, and those that may use ctypes or change identity.
-MAY_FORK = {"supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/runtime.py"}
+MAY_FORK = {
+    "supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/runtime.py",
+    "workers/network/plugin.py",
+}  # fmt: skip
 MAY_CTYPES = {"ipc/kernel.py", "ipc/confine.py"}
 MAY_SETID = {"ipc/confine.py", "supervisor/podinit.py"}
 SETID = {"setuid", "setgid", "setresuid", "setresgid", "setreuid", "setregid", "setgroups", "initgroups"}
@@ -124,6 +127,7 @@ def test_the_running_supervisor_has_loaded_none_of_them() -> None:
         "import sys, supervisor.__main__, importlib\n"
         "from supervisor import server, table\n"
         "[importlib.import_module(e.module) for e in table.TABLE.values() if e.preload]\n"
+        "import workers.boot\n"
         "print(' '.join(sorted(sys.modules)))"
     )
     import subprocess
@@ -133,6 +137,26 @@ def test_the_running_supervisor_has_loaded_none_of_them() -> None:
     ).stdout.split()
     loaded = {name.split(".")[0] for name in out}
     assert not loaded & FORBIDDEN_IN_SUPERVISOR
+
+
+@pytest.mark.parametrize("kind", ["cri"])
+def test_a_worker_loads_without_what_its_entry_forbids(kind: str) -> None:
+    code = (
+        "import sys, importlib\n"
+        "from supervisor import spawn, table\n"
+        f"entry = table.TABLE[{kind!r}]\n"
+        "spawn.do_without(entry.without)\n"
+        "importlib.import_module(entry.module)\n"
+        "assert entry.without\n"
+        "print(' '.join(name for name, module in sys.modules.items() if module is not None))"
+    )
+    import subprocess
+
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "grpc.aio" in out
+    assert not {"ssl", "_ssl", "_hashlib"} & set(out), "OpenSSL is loaded"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
