@@ -18,7 +18,7 @@ FAKE = "tests.support.fake_worker"
 def fake_table() -> table.Table:
     """storage, cri, image (on demand) and ops (a pool) as in the real table, but open and fake."""
     entries = {
-        kind: dataclasses.replace(entry, module=FAKE, sandbox=None, callers=frozenset())
+        kind: dataclasses.replace(entry, module=FAKE, sandbox=None, callers=frozenset(), preload=False)
         for kind, entry in table.TABLE.items()
         if kind in {"storage", "cri", "image", "network"}
     }
