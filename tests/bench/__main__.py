@@ -1,7 +1,7 @@
 """`make bench`: every figure of docs/figures.md from one run, with the peers in the same run. Prints a table.
 
 A benchmark, never a timed test: these machines are noisy, so medians and ratios count, and nothing fails.
-Names given as arguments choose a part: pods exec log memory pull.
+Names given as arguments choose a part: pods lifecycle exec log memory pull.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.bench.exec_ import measure as exec_
 from tests.bench.figures import Figure, show
+from tests.bench.lifecycle import measure as lifecycle
 from tests.bench.log import measure as log
 from tests.bench.memory import measure as memory
 from tests.bench.pods import measure as pods
@@ -20,6 +21,7 @@ from tests.bench.pull import measure as pull
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "pods": pods,
+    "lifecycle": lifecycle,
     "exec": exec_,
     "log": log,
     "memory": memory,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import uuid
@@ -71,9 +72,11 @@ class BareNetwork:
 class BareRuntime:
     """An OCI runtime called by hand. `like` is the config.json of a container that Bulkhead made."""
 
-    def __init__(self, runtime: str, directory: Path, rootfs: Path, like: dict[str, Any]) -> None:
+    def __init__(
+        self, runtime: str, directory: Path, rootfs: Path, like: dict[str, Any], *, root: str = "runtime"
+    ) -> None:
         self.runtime = runtime
-        self.root = directory / "runtime"
+        self.root = directory / root
         self._directory = directory
         self._rootfs = rootfs
         self._like = like
@@ -96,9 +99,27 @@ class BareRuntime:
 
     def create_and_start(self, name: str, bundle: Path) -> None:
         """`create`, then `start`."""
+        self.create(name, bundle)
+        self.start(name)
+
+    def create(self, name: str, bundle: Path) -> None:
+        """`create`."""
+        options = ["--bundle", str(bundle), "--pid-file", str(bundle / "pid")]
         with (bundle / "log").open("wb") as log:
-            self._call("create", "--bundle", str(bundle), name, stdout=log, stderr=log)
+            self._call("create", *options, name, stdout=log, stderr=log)
+
+    def start(self, name: str) -> None:
+        """`start`."""
         self._call("start", name)
+
+    def kill(self, name: str) -> None:
+        """`kill` with SIGTERM; returns when the container has ended."""
+        pidfd = os.pidfd_open(int((self._directory / name / "pid").read_text()))
+        try:
+            self._call("kill", name, "TERM")
+            select.select([pidfd], [], [], 30)
+        finally:
+            os.close(pidfd)
 
     def execute(self, name: str, *command: str) -> None:
         """`exec`."""

@@ -7,7 +7,6 @@ turns, so that both have the same machine.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 from ipc.cri import api_pb2
 from tests.bench.bare import BareNetwork, BareRuntime, unique
 from tests.bench.figures import Figure, at_most, timed
-from tests.bench.world import Pods, image_root
+from tests.bench.world import Pods, bench_cgroup, image_root, spec_of
 from tests.support import machine
 from tests.support.daemon import Node
 from tests.support.images import served
@@ -36,7 +35,7 @@ def measure() -> list[Figure]:
         pods = Pods(node, images.busybox)
         node.images.PullImage(api_pb2.PullImageRequest(image=api_pb2.ImageSpec(image=images.busybox)))
         model = pods.run("model")
-        like = pods.spec(pods.create(model, "model", COMMAND))
+        like = spec_of(node, pods.create(model, "model", COMMAND))
         with bare_pods(node.conflist("bhbench1"), like) as bare:
             return _compare(pods, bare)
 
@@ -87,14 +86,11 @@ def bare_pods(conflist: dict[str, Any], like: dict[str, Any]) -> Iterator[Callab
         plugins[0]["ipam"]["dataDir"] = str(base / "addresses")
         plugins[0]["ipam"]["ranges"] = [[{"subnet": "10.215.0.0/16"}]]
         network = BareNetwork(base, plugins, [])
-        with image_root(base / "image") as rootfs:
+        with bench_cgroup("/bulkhead-bench"), image_root(base / "image") as rootfs:
             runtime = BareRuntime("/usr/bin/crun", base, rootfs, like)
             yield lambda: _bare_pod(network, runtime)
         link = plugins[0]["bridge"]
         subprocess.run(["ip", "link", "delete", link], check=True)
-        for hierarchy in Path("/sys/fs/cgroup").iterdir():
-            if (hierarchy / "bulkhead-bench").is_dir() and (hierarchy / "cgroup.procs").exists():
-                os.rmdir(hierarchy / "bulkhead-bench")
 
 
 def _bare_pod(network: BareNetwork, runtime: BareRuntime) -> tuple[float, float]:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ipc.cri import api_pb2 as cri
-from tests.support.daemon import Node
+from ipc.cri import api_pb2_grpc
+from tests.support.daemon import CGROUPS, Node
 from tests.support.monitor_process import busybox_root
+from tests.support.registry import Image, make_image, make_layer
+
+
+class Served(Protocol):
+    """A node, Bulkhead's or another runtime's."""
+
+    logs: Path
+
+    @property
+    def runtime(self) -> api_pb2_grpc.RuntimeServiceStub: ...
 
 
 class Pods:
-    """Ordinary pods with a network of their own, of one image."""
+    """Ordinary pods with a network of their own, of one image; `parent` is their cgroup parent."""
 
-    def __init__(self, node: Node, image: str) -> None:
+    def __init__(self, node: Served, image: str, *, handler: str = "", parent: str = "") -> None:
         self._node = node
         self._image = image
+        self._handler = handler
+        self._parent = parent
 
     def config(self, name: str) -> cri.PodSandboxConfig:
         """A pod's configuration."""
@@ -28,15 +42,16 @@ class Pods:
             hostname=name[:60],
             log_directory=str(self._node.logs / name),
             linux=cri.LinuxPodSandboxConfig(
+                cgroup_parent=self._parent,
                 security_context=cri.LinuxSandboxSecurityContext(
                     namespace_options=cri.NamespaceOption(pid=cri.CONTAINER)
-                )
+                ),
             ),
         )
 
     def run(self, name: str) -> str:
         """RunPodSandbox."""
-        request = cri.RunPodSandboxRequest(config=self.config(name))
+        request = cri.RunPodSandboxRequest(config=self.config(name), runtime_handler=self._handler)
         return self._node.runtime.RunPodSandbox(request, timeout=60).pod_sandbox_id
 
     def create(self, pod: str, pod_name: str, command: list[str], name: str = "main") -> str:
@@ -58,12 +73,6 @@ class Pods:
         )
         return self._node.runtime.CreateContainer(request, timeout=60).container_id
 
-    def spec(self, container: str) -> dict[str, Any]:
-        """The config.json that the OCI runtime got."""
-        bundle = self._node.run_root / "monitors" / container / "bundle"
-        spec: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
-        return spec
-
     def start(self, container: str) -> None:
         """StartContainer."""
         self._node.runtime.StartContainer(cri.StartContainerRequest(container_id=container), timeout=60)
@@ -74,10 +83,54 @@ class Pods:
         answer = self._node.runtime.ExecSync(request, timeout=70)
         assert answer.exit_code == 0, answer
 
+    def stop_container(self, container: str, grace: int) -> None:
+        """StopContainer."""
+        request = cri.StopContainerRequest(container_id=container, timeout=grace)
+        self._node.runtime.StopContainer(request, timeout=60 + grace)
+
+    def remove_container(self, container: str) -> None:
+        """RemoveContainer."""
+        self._node.runtime.RemoveContainer(cri.RemoveContainerRequest(container_id=container), timeout=60)
+
+    def stop(self, pod: str) -> None:
+        """StopPodSandbox."""
+        self._node.runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=60)
+
+    def remove_stopped(self, pod: str) -> None:
+        """RemovePodSandbox."""
+        self._node.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=60)
+
     def remove(self, pod: str) -> None:
         """StopPodSandbox and RemovePodSandbox."""
-        self._node.runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod), timeout=60)
-        self._node.runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=pod), timeout=60)
+        self.stop(pod)
+        self.remove_stopped(pod)
+
+
+def spec_of(node: Node, container: str) -> dict[str, Any]:
+    """The config.json that the OCI runtime got."""
+    bundle = node.run_root / "monitors" / container / "bundle"
+    spec: dict[str, Any] = json.loads((bundle / "config.json").read_bytes())
+    return spec
+
+
+def pause_image() -> Image:
+    """What other runtimes run in each pod: a process that waits."""
+    files = {"bin/busybox": Path("/bin/busybox").read_bytes()}
+    return make_image([make_layer(files, mode=0o755)], config={"Cmd": ["/bin/busybox", "sleep", "1000000"]})
+
+
+@contextmanager
+def bench_cgroup(parent: str) -> Iterator[None]:
+    """A cgroup parent for whoever makes containers; it goes with the context, in every hierarchy."""
+    try:
+        yield
+    finally:
+        for path in CGROUPS.glob(f"*{parent}"):
+            if (path / "cgroup.procs").exists():
+                for below in path.iterdir():
+                    if below.is_dir():
+                        os.rmdir(below)
+                os.rmdir(path)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from ipc import kernel
 from ipc.blocking import Client
 from ipc.cri import api_pb2, api_pb2_grpc, rpc
 from ipc.errors import RemoteError
@@ -55,7 +56,13 @@ class Node:
     """One node with one daemon; use as a context manager, which starts it and closes it without a trace."""
 
     def __init__(
-        self, *, config: str = "", registries: str = "", log_level: str = "info", bridge: str = "bhbr0"
+        self,
+        *,
+        config: str = "",
+        registries: str = "",
+        log_level: str = "info",
+        bridge: str = "bhbr0",
+        run_in_memory: bool = False,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="bh-", dir="/tmp"))
         self.root.chmod(0o755)
@@ -71,6 +78,9 @@ class Node:
         self._channel: grpc.Channel | None = None
         for directory in (self.conf_dir, self.logs, self.root / "bulkhead.toml.d"):
             directory.mkdir()
+        if run_in_memory:  # as /run is
+            self.run_root.mkdir()
+            kernel.mount("run", str(self.run_root), "tmpfs", data="mode=755")
         (self.conf_dir / "10-test.conflist").write_text(json.dumps(self.conflist(bridge)))
         self.registries_conf = self.root / "registries.conf"
         self.registries_conf.write_text(registries)
@@ -228,7 +238,7 @@ class Node:
     def _left_mounts(self) -> Iterator[str]:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             target = line.split()[4]
-            if target.startswith(f"{self.root}/"):
+            if target.startswith(f"{self.root}/") and target != str(self.run_root):
                 yield f"mount {target}"
 
     def _left_directories(self) -> Iterator[str]:
@@ -305,8 +315,13 @@ class Node:
             if target.startswith(f"{self.root}/"):
                 subprocess.run(["umount", "-l", target], check=False, capture_output=True)
         # the next node has the same subnet: routes of this one's bridge would lead its packets astray
-        subprocess.run(["ip", "link", "delete", self.bridge], check=False, capture_output=True)
+        self.delete_link(self.bridge)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    @staticmethod
+    def delete_link(name: str) -> None:
+        """Delete a link of the run's network namespace, if it is there."""
+        subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)
 
     def _kill_strays(self) -> None:
         """End monitors, inits and containers that this node's daemon started and that outlived it."""

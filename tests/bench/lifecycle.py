@@ -1,0 +1,220 @@
+"""Runs in: `make bench`.
+
+The whole life of pods and containers in the shape of critest's benchmark: pods are run, stopped and removed;
+containers, each in a pod of its own, are created, started, stopped and removed; one at a time, then four at
+a time. By Bulkhead and by Debian's containerd in turns, with the same runtime (crun, then runc), CNI plugins
+and image; and the same work by hand, which is the floor.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.bench import containerd
+from tests.bench.bare import BareNetwork, BareRuntime, unique
+from tests.bench.figures import Figure, at_most, timed
+from tests.bench.world import Pods, bench_cgroup, image_root, pause_image, spec_of
+from tests.support import machine
+from tests.support.daemon import Node
+from tests.support.images import Served, served
+from tests.support.registry import push
+
+COUNT = int(os.environ.get("BENCH_PODS", "20"))
+WARM = 2
+TOGETHER = 4
+BOUNDS = {"crun": 0.5, "runc": 0.65}  # of containerd's sum
+FLOOR_BOUND = 1.25
+GRACE = 10  # seconds; the command ends at its stop signal
+#: An entry point with a handler for its stop signal, as most have.
+COMMAND = ["sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"]
+SETTLE = 0.1  # seconds in which it sets the handler, on either side
+POD_STEPS = ("CreatePod", "StopPod", "RemovePod")
+CONTAINER_STEPS = ("CreateContainer", "StartContainer", "StopContainer", "RemoveContainer")
+ORDER = ("CreatePod", *CONTAINER_STEPS, "StopPod", "RemovePod")
+MAY_BE_SLOWER = "CreateContainer"
+
+Times = Mapping[str, float]  # seconds by step
+Life = Callable[[], Times]
+
+
+def measure() -> list[Figure]:
+    """The sum of all steps, and each, against containerd; the sum against the floor."""
+    machine.enter()
+    figures: list[Figure] = []
+    with _both() as (ours, theirs, floors):
+        for runtime, bound in BOUNDS.items():
+            figures += _one_at_a_time(ours(runtime), theirs(runtime), floors[runtime], runtime, bound)
+            figures += _together(ours(runtime), theirs(runtime), runtime, bound)
+    return figures
+
+
+Side = Callable[[str], Pods]
+
+
+@contextmanager
+def _both() -> Iterator[tuple[Side, Side, Mapping[str, Life]]]:
+    """Bulkhead and containerd with the image, and the floor of each runtime."""
+    with ExitStack() as stack:
+        images = stack.enter_context(served())
+        push(images.registry, "bench/pause", "1", pause_image())
+        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bhbench-", dir="/tmp")))
+        stack.enter_context(bench_cgroup("/bulkhead-bench"))
+        node = stack.enter_context(
+            Node(registries=images.registries_conf, bridge="bhbench0", run_in_memory=True)
+        )
+        peer = stack.enter_context(_peer(node, images, base / "containerd"))
+        node.ctl("pull", images.busybox)
+        peer.pull([images.busybox, f"{images.address}/bench/pause:1"])
+
+        def side(of: Node | containerd.Containerd) -> Side:
+            return lambda runtime: Pods(of, images.busybox, handler=runtime, parent="/bulkhead-bench")
+
+        floors = stack.enter_context(_floors(node, side(node)("crun"), base))
+        yield side(node), side(peer), floors
+
+
+@contextmanager
+def _peer(node: Node, images: Served, base: Path) -> Iterator[containerd.Containerd]:
+    conflist = _conflist(node, "bhbench1", "10.215.0.0/16", base / "addresses")
+    with containerd.running(base, conflist, f"{images.address}/bench/pause:1") as peer:
+        yield peer
+    node.delete_link("bhbench1")
+
+
+def _conflist(node: Node, bridge: str, subnet: str, addresses: Path) -> dict[str, object]:
+    conflist = node.conflist(bridge)
+    ipam = conflist["plugins"][0]["ipam"]
+    ipam["dataDir"], ipam["ranges"] = str(addresses), [[{"subnet": subnet}]]
+    return conflist
+
+
+# -- lives ----------------------------------------------------------------------------------------------
+
+
+def pod_life(pods: Pods) -> Times:
+    """A pod without containers."""
+    name = unique("pod")
+    made: list[str] = []
+    run = timed(lambda: made.append(pods.run(name)))
+    return {
+        "CreatePod": run,
+        "StopPod": timed(lambda: pods.stop(made[0])),
+        "RemovePod": _removed(pods, made[0]),
+    }
+
+
+def _removed(pods: Pods, pod: str) -> float:
+    return timed(lambda: pods.remove_stopped(pod))
+
+
+def container_life(pods: Pods) -> Times:
+    """A container in a pod of its own, whose life does not count."""
+    name = unique("pod")
+    pod = pods.run(name)
+    made: list[str] = []
+    times = {
+        "CreateContainer": timed(lambda: made.append(pods.create(pod, name, COMMAND))),
+        "StartContainer": timed(lambda: pods.start(made[0])),
+    }
+    time.sleep(SETTLE)
+    times["StopContainer"] = timed(lambda: pods.stop_container(made[0], GRACE))
+    times["RemoveContainer"] = timed(lambda: pods.remove_container(made[0]))
+    pods.remove(pod)
+    return times
+
+
+def _medians(lives: Sequence[Times]) -> dict[str, float]:
+    return {step: statistics.median(life[step] for life in lives) for step in lives[0]}
+
+
+# -- figures --------------------------------------------------------------------------------------------
+
+
+def _one_at_a_time(ours: Pods, theirs: Pods, floor: Life, runtime: str, bound: float) -> list[Figure]:
+    lives: list[list[Times]] = [[], [], []]
+    turns: tuple[Life, Life, Life] = (lambda: _whole(ours), lambda: _whole(theirs), floor)
+    for _ in range(WARM + COUNT):
+        for column, life in zip(lives, turns, strict=True):
+            column.append(life())
+    mine, peers, bare = (_medians(column[WARM:]) for column in lives)
+    what = f"life of a pod, {runtime}"
+    by_hand = sum(bare.values())
+    return [
+        at_most(f"{what}, against containerd", sum(mine.values()), sum(peers.values()), bound),
+        *_steps(mine, peers),
+        at_most(f"{what}, against CNI + {runtime} by hand", sum(mine.values()), by_hand, FLOOR_BOUND),
+        *(Figure(f"  by hand: {step}", "-", f"{s * 1e3:.1f} ms", "-", "-") for step, s in bare.items()),
+    ]
+
+
+def _whole(pods: Pods) -> Times:
+    return {**pod_life(pods), **container_life(pods)}
+
+
+def _together(ours: Pods, theirs: Pods, runtime: str, bound: float) -> list[Figure]:
+    mine, peers = _crowd(ours), _crowd(theirs)
+    what = f"life of a pod, {runtime}, {TOGETHER} at a time, against containerd"
+    return [at_most(what, sum(mine.values()), sum(peers.values()), bound), *_steps(mine, peers)]
+
+
+def _crowd(pods: Pods) -> Times:
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        alone = list(pool.map(lambda _: pod_life(pods), range(COUNT)))
+        inside = list(pool.map(lambda _: container_life(pods), range(COUNT)))
+    return {**_medians(alone), **_medians(inside)}
+
+
+def _steps(ours: Times, theirs: Times) -> list[Figure]:
+    return [_step(step, ours[step], theirs[step]) for step in ORDER]
+
+
+def _step(name: str, ours: float, theirs: float) -> Figure:
+    if name != MAY_BE_SLOWER:
+        return at_most(f"  {name}", ours, theirs, 1)
+    ratio = f"{ours / theirs:.2f}"
+    return Figure(f"  {name}", f"{ours * 1e3:.1f} ms", f"{theirs * 1e3:.1f} ms", ratio, "-")
+
+
+# -- the floor ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _floors(node: Node, pods: Pods, base: Path) -> Iterator[Mapping[str, Life]]:
+    """One life by hand for each runtime: CNI ADD and DEL, the runtime's create, start, kill, delete."""
+    name = unique("model")
+    pod = pods.run(name)
+    like = spec_of(node, pods.create(pod, name, COMMAND))  # whose pod's files it mounts: it stays
+    plugins = _conflist(node, "bhbench2", "10.216.0.0/16", base / "addresses")["plugins"]
+    assert isinstance(plugins, list)
+    network = BareNetwork(base, plugins, [])
+    with image_root(base / "image") as rootfs:
+        runtimes = {
+            kind: BareRuntime(path, base, rootfs, like, root=f"runtime-{kind}")
+            for kind, path in containerd.RUNTIMES.items()
+        }
+        yield {kind: _floor_of(network, runtime) for kind, runtime in runtimes.items()}
+    node.delete_link("bhbench2")
+
+
+def _floor_of(network: BareNetwork, runtime: BareRuntime) -> Life:
+    def life() -> Times:
+        name = unique("bare")
+        pins: list[Path] = []
+        times = {"CNI ADD": timed(lambda: pins.append(network.add(f"net-{name}")))}
+        bundle = runtime.bundle(name, pins[0])
+        times["create"] = timed(lambda: runtime.create(name, bundle))
+        times["start"] = timed(lambda: runtime.start(name))
+        time.sleep(SETTLE)
+        times["kill"] = timed(lambda: runtime.kill(name))
+        times["delete"] = timed(lambda: runtime.delete(name))
+        times["CNI DEL"] = timed(lambda: network.delete(f"net-{name}", pins[0]))
+        return times
+
+    return life
