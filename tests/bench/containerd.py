@@ -90,7 +90,8 @@ def _config(base: Path, pause_image: str) -> str:
     )
     return (
         f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n[grpc]\naddress = "{base}/sock"\n'
-        f'[{plugin}]\nsandbox_image = "{pause_image}"\ndisable_apparmor = true\nrestrict_oom_score_adj = true\n'
+        f'[{plugin}]\nsandbox_image = "{pause_image}"\n'
+        "disable_apparmor = true\nrestrict_oom_score_adj = true\n"
         f'[{plugin}.cni]\nbin_dir = "{PLUGINS}"\nconf_dir = "{base}/net.d"\n'
         f'[{plugin}.containerd]\nsnapshotter = "overlayfs"\ndefault_runtime_name = "crun"\n{runtimes}'
     )
