@@ -89,14 +89,14 @@ def slice_path(name: str) -> str:
 
 
 def parent_path(cgroup_parent: str) -> str:
-    """Return the path of a CRI cgroup_parent: a slice's name or a cgroupfs path.
+    """Return the path of a CRI cgroup_parent: a slice's name or a cgroupfs path; a whole path is itself.
 
     Raises ValueError for one that leads elsewhere.
     """
     if ".." in cgroup_parent.split("/") or "\0" in cgroup_parent:
         raise ValueError(f"cgroup parent {cgroup_parent!r} leads elsewhere")
-    last = cgroup_parent.rstrip("/").rsplit("/", 1)[-1]
-    return slice_path(last) if last.endswith(".slice") else "/" + cgroup_parent.strip("/")
+    last = cgroup_parent.rstrip("/")
+    return slice_path(last) if last.endswith(".slice") and "/" not in last else "/" + cgroup_parent.strip("/")
 
 
 class Groups:

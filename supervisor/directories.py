@@ -19,7 +19,7 @@ from supervisor.sandbox.spec import Identity
 from supervisor.settings import bind_directory
 
 #: Below run_root; what a supervisor of an earlier boot left there says nothing any more.
-OF_THIS_BOOT = ("ipc", "monitors", "inits", "tally")
+OF_THIS_BOOT = ("ipc", "monitors", "inits", "tally", "parents.json")
 
 
 class InstanceRunning(Exception):

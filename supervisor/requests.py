@@ -19,6 +19,7 @@ from supervisor.hostinfo import HostProbe
 from supervisor.inits import Inits
 from supervisor.kinds import Kind
 from supervisor.monitors import Monitors
+from supervisor.parents import Parents
 
 FRESH_TIMEOUT = 0.5  # seconds that the list of workers waits for fresh health
 
@@ -34,6 +35,7 @@ class House(Protocol):
 
     monitors: Monitors
     inits: Inits
+    parents: Parents
     probe: HostProbe
     kinds: dict[str, Kind]
 
@@ -68,6 +70,9 @@ class Requests:
             Handler(messages.InitStart, self.init_start, _CRI),
             Handler(messages.InitStop, self.init_stop, _CRI),
             Handler(messages.InitList, self.init_list, _READERS),
+            Handler(messages.ParentNote, self.parent_note, _CRI),
+            Handler(messages.ParentRelease, self.parent_release, _CRI),
+            Handler(messages.ParentList, self.parent_list, _READERS),
             Handler(messages.HostInfoGet, self.host_info, _READERS),
             Handler(messages.WorkerList, self.worker_list, _READERS),
             Handler(messages.WorkerRestart, self.worker_restart, _OPERATOR),
@@ -103,6 +108,20 @@ class Requests:
     @answers_trouble
     def init_list(self, _call: Call, _body: messages.InitList) -> Body:
         return messages.InitsListed(inits=self._house.inits.states())
+
+    @answers_trouble
+    def parent_note(self, _call: Call, body: messages.ParentNote) -> Body:
+        self._house.parents.note(body.pod_id, body.cgroup_parent)
+        return Empty()
+
+    @answers_trouble
+    def parent_release(self, _call: Call, body: messages.ParentRelease) -> Body:
+        self._house.parents.release(body.pod_id)
+        return Empty()
+
+    @answers_trouble
+    def parent_list(self, _call: Call, _body: messages.ParentList) -> Body:
+        return messages.ParentsListed(pods=self._house.parents.pods())
 
     def host_info(self, call: Call, _body: messages.HostInfoGet) -> None:
         self._house.probe.when_done(call.reply)

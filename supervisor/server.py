@@ -30,6 +30,7 @@ from supervisor.kinds import Kind
 from supervisor.logsink import LogSink, SupervisorLog
 from supervisor.monitors import Monitors
 from supervisor.notify import Notifier
+from supervisor.parents import Parents
 from supervisor.policy import Policy, Rules
 from supervisor.reaper import Reaper
 from supervisor.requests import Requests
@@ -116,6 +117,8 @@ class Supervisor:
         self.monitors = Monitors(self.ground, self.table["monitor"], self._monitor_settings, cri, self.tally)
         parent = default_cgroup_parent(self.config)
         self.inits = Inits(self.ground, self.who["init"], self.config.run_root, parent)
+        systemd = self.config.cgroup_manager == "systemd"
+        self.parents = Parents(self.ground, self.config.run_root, systemd=systemd)
         self.kinds = {kind: self._make_kind(self.table[kind]) for kind in self._worker_kinds()}
         self.probe = hostinfo.HostProbe(
             self.loop,

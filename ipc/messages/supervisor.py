@@ -89,6 +89,33 @@ class InitList(Request[InitsListed]):
     """Every pod init the supervisor knows."""
 
 
+@request("supervisor.parent.note", idempotent=True)
+class ParentNote(Request[Empty]):
+    """A pod begins: remember what of its cgroup parent is missing, for the OCI runtime will make it.
+
+    `cgroup_parent`: a path below every hierarchy's root. INVALID_ARGUMENT for one that leads elsewhere.
+    """
+
+    pod_id: str
+    cgroup_parent: str
+
+
+@request("supervisor.parent.release", idempotent=True)
+class ParentRelease(Request[Empty]):
+    """A pod has gone: remove what was missing of its parent, once no pod needs it and if it is empty."""
+
+    pod_id: str
+
+
+class ParentsListed(Body):
+    pods: list[str]
+
+
+@request("supervisor.parent.list", reply=ParentsListed, idempotent=True)
+class ParentList(Request[ParentsListed]):
+    """Every pod whose parent was noted and not released."""
+
+
 class RuntimeInfo(Body):
     """What an OCI runtime says of itself (`features`); `known` is False where it has no such command."""
 

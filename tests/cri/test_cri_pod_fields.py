@@ -270,18 +270,10 @@ def test_dns_words_that_would_say_more_are_refused(client: Client, word: str) ->
 # -- cgroups ----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def kubelets_groups(path: str) -> Iterator[None]:
-    """Groups that only a kubelet would remove: the test does."""
-    try:
-        yield
-    finally:
-        for hierarchy in Path("/sys/fs/cgroup").iterdir():
-            group = hierarchy / path.lstrip("/")
-            while group != hierarchy and hierarchy.is_dir() and not hierarchy.is_symlink():
-                with contextlib.suppress(OSError):
-                    group.rmdir()
-                group = group.parent
+def groups_of(path: str) -> set[Path]:
+    """The directories of a group in all hierarchies."""
+    found = {each for each in Path("/sys/fs/cgroup").glob(f"*/{path.strip('/')}") if each.is_dir()}
+    return {each for each in found if not each.is_relative_to(machine.UNIFIED)}  # no group: see there
 
 
 @pytest.mark.parametrize(
@@ -296,14 +288,34 @@ def kubelets_groups(path: str) -> Iterator[None]:
 def test_cgroup_parents_in_both_spellings(client: Client, parent: str, path: str, shared_pid: bool) -> None:
     sandbox = client.pod_config(shared_pid=shared_pid)
     sandbox.linux.cgroup_parent = parent
-    with kubelets_groups(path):
+    pod_id = client.run(sandbox)
+    container_id = client.create(pod_id, sandbox, client.container_config(["sleep", "1000"]))
+    client.start(container_id)
+    pid = json.loads(client.status(container_id, verbose=True).info["info"])["pid"]
+    groups = Path(f"/proc/{pid}/cgroup").read_text()
+    assert f"{path}/bulkhead-{container_id}" in groups
+    client.remove_pod(pod_id)
+    top = path.split("/")[1]
+    assert groups_of(top) == set(), "nobody had made it before the pod"
+
+
+def test_a_cgroup_parent_that_was_there_stays(client: Client) -> None:
+    """Also if its pods outlive the daemon that saw it; what a runtime added below is gone."""
+    kubelets = Path("/sys/fs/cgroup/memory/bhkept")
+    kubelets.mkdir()
+    try:
+        sandbox = client.pod_config(shared_pid=True)
+        sandbox.linux.cgroup_parent = "/bhkept/made"
         pod_id = client.run(sandbox)
-        container_id = client.create(pod_id, sandbox, client.container_config(["sleep", "1000"]))
-        client.start(container_id)
-        pid = json.loads(client.status(container_id, verbose=True).info["info"])["pid"]
-        groups = Path(f"/proc/{pid}/cgroup").read_text()
-        assert f"{path}/bulkhead-{container_id}" in groups
+        client.start(client.create(pod_id, sandbox, client.container_config(["sleep", "1000"])))
+        assert groups_of("/bhkept/made")
+        client.node.stop()
+        client.node.start()
         client.remove_pod(pod_id)
+        assert groups_of("/bhkept") == {kubelets}
+        assert groups_of("/bhkept/made") == set()
+    finally:
+        kubelets.rmdir()
 
 
 @pytest.mark.parametrize("parent", ["../x", "/a/../../x", "a\0b", "a:b", "-.slice:x", "a--b.slice", "a\nb"])

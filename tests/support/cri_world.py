@@ -222,6 +222,7 @@ class World:
         self.stubborn = False  # containers ignore their stop signal
         self.monitors: dict[str, MonitorModel] = {}
         self.inits: set[str] = set()
+        self.parents: dict[str, str] = {}  # cgroup parents that were noted, by their pods
         self.networks: set[str] = set()
         self.pod_files: set[str] = set()
         self.rootfs: set[str] = set()
@@ -279,6 +280,7 @@ class World:
         held = {
             "monitors": list(self.monitors),
             "inits": self.inits,
+            "parents": self.parents,
             "networks": self.networks,
             "pod files": self.pod_files,
             "rootfs": self.rootfs,
@@ -472,6 +474,17 @@ class World:
                 inits=[supervisor.InitState(pod_id=pod, alive=True) for pod in sorted(self.inits)]
             )
 
+        async def note(body: supervisor.ParentNote) -> Empty:
+            self.parents[body.pod_id] = body.cgroup_parent
+            return Empty()
+
+        async def release(body: supervisor.ParentRelease) -> Empty:
+            self.parents.pop(body.pod_id, None)
+            return Empty()
+
+        async def parents(_body: supervisor.ParentList) -> supervisor.ParentsListed:
+            return supervisor.ParentsListed(pods=sorted(self.parents))
+
         async def host(_body: supervisor.HostInfoGet) -> supervisor.HostInfo:
             return spec_inputs.host(runtimes=[spec_inputs.runtime(recursive_read_only=True)])
 
@@ -485,6 +498,9 @@ class World:
             supervisor.InitStart: init_start,
             supervisor.InitStop: init_stop,
             supervisor.InitList: inits,
+            supervisor.ParentNote: note,
+            supervisor.ParentRelease: release,
+            supervisor.ParentList: parents,
             supervisor.HostInfoGet: host,
             supervisor.WorkerList: workers,
         }

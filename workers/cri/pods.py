@@ -115,7 +115,7 @@ class Pods:
         return pod.id
 
     async def _set_up(self, pod: Pod) -> None:
-        steps = [self._set_up_files(pod), self._set_up_network(pod)]
+        steps = [self._set_up_files(pod), self._set_up_network(pod), self._note_parent(pod)]
         if pod.record.pause_image:
             await together(*steps, self._sandboxes.need_image(pod.record.pause_image))
             await self._sandboxes.run(pod)
@@ -128,6 +128,12 @@ class Pods:
         request = podspec.storage_setup(pod.id, pod.config, node_name=self._node.node_name)
         timeout = self._node.settings.pod_setup_timeout
         pod.record.files = await self._node.peers.storage.call(request, timeout=timeout)
+
+    async def _note_parent(self, pod: Pod) -> None:
+        """Whoever removes the pod removes what the runtime will have made of its cgroup parent."""
+        if pod.config.linux.cgroup_parent:
+            request = supervisor.ParentNote(pod_id=pod.id, cgroup_parent=self._cgroup_parent(pod))
+            await self._node.peers.supervisor.call(request, timeout=SHORT)
 
     async def _set_up_network(self, pod: Pod) -> None:
         settings = self._node.settings
@@ -150,7 +156,10 @@ class Pods:
         pod.record.namespaces = {**pod.record.namespaces, "pid": answer.pid_namespace}
 
     def _cgroup_parent(self, pod: Pod) -> str:
-        return pod.config.linux.cgroup_parent or self._node.settings.default_cgroup_parent
+        settings = self._node.settings
+        return cgroups.pod_group(
+            settings.cgroup_driver, pod.config.linux.cgroup_parent, settings.default_cgroup_parent
+        )
 
     async def _discard(self, pod: Pod) -> None:
         """What could not be made is taken back; its name is free from now on, whatever that takes."""
@@ -254,8 +263,14 @@ class Pods:
         log.get().info("pod removed", pod=pod.id, name=shown(pod))
 
     async def _free(self, pod: Pod) -> None:
-        request = storage.PodTeardown(pod_id=pod.id)
-        await self._node.peers.storage.call(request, timeout=self._node.settings.pod_setup_timeout)
+        peers, timeout = self._node.peers, self._node.settings.pod_setup_timeout
+        steps: list[Coroutine[Any, Any, Any]] = [
+            peers.storage.call(storage.PodTeardown(pod_id=pod.id), timeout=timeout)
+        ]
+        if pod.config.linux.cgroup_parent:
+            release = supervisor.ParentRelease(pod_id=pod.id)
+            steps.append(peers.supervisor.call(release, timeout=SHORT))
+        await settle_all(*steps)
         self._store.drop_pod(pod)
 
     # -- look -----------------------------------------------------------------------------------------

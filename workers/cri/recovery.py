@@ -139,6 +139,7 @@ class Recovery:
         self._spare_running()
         parts = (self._clean_monitors, self._clean_inits, self._clean_network, self._clean_storage)
         await asyncio.gather(*(self._until_done(part) for part in parts))
+        await self._until_done(self._clean_parents)  # they are empty only now
 
     def _spare_running(self) -> None:
         """What runs and cannot be known again stays, with its pod, until it ends."""
@@ -193,6 +194,13 @@ class Recovery:
             if self._unknown(state.pod_id):
                 log.get().warning("an unknown pod init is ended", pod=state.pod_id)
                 request = supervisor.InitStop(pod_id=state.pod_id)
+                await self._node.peers.supervisor.call(request, timeout=SHORT)
+
+    async def _clean_parents(self) -> None:
+        answer = await self._node.peers.supervisor.call(supervisor.ParentList(), timeout=SHORT)
+        for pod_id in answer.pods:
+            if self._unknown(pod_id):
+                request = supervisor.ParentRelease(pod_id=pod_id)
                 await self._node.peers.supervisor.call(request, timeout=SHORT)
 
     async def _clean_network(self) -> None:

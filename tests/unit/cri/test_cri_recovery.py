@@ -205,11 +205,13 @@ def test_what_nobody_knows_is_removed() -> None:
         world.pod_files.add("e" * 64)
         world.rootfs.add("d" * 64)
         world.inits.add("c" * 64)
+        world.parents["c" * 64] = "/gone"
         world.monitors["b" * 64] = MonitorModel(world, "b" * 64)
         world.fail(storage.InventoryList, unavailable("still starting"))
         worker = await Worker(world).start()
         await eventually(lambda: world.rootfs == {container_id} and world.networks == {pod_id})
         await eventually(lambda: world.pod_files == {pod_id} and not world.inits)
+        await eventually(lambda: not world.parents)
         await eventually(lambda: list(world.monitors) == [container_id])
         return worker
 

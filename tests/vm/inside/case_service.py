@@ -175,6 +175,20 @@ def case_a_parent_in_the_other_drivers_spelling_is_understood(node: Node, handle
     assert read(group, "memory.max") == LIMIT_FILES["memory.max"]
 
 
+@both_runtimes
+def case_a_parent_that_nobody_made_goes_with_its_last_pod(node: Node, handler: str) -> None:
+    systemd = node.driver == "systemd"
+    top = "/unmade.slice" if systemd else "/unmade"
+    parent = "unmade-one.slice" if systemd else "/unmade/one"
+    pods = [node.running(parent, SLEEP, limits(), handler=handler, shared_pid=True)[0] for _ in range(2)]
+    node.remove_pod(pods[0])
+    assert children(top)
+    node.remove_pod(pods[1])
+    wait_for(lambda: not (CGROUPS / top.strip("/")).exists(), f"{top} is removed")
+    if systemd:
+        assert "unmade" not in run("systemctl", "list-units", "--all", "--plain", "unmade*")
+
+
 @pytest.mark.short
 @both_runtimes
 def case_an_out_of_memory_kill_is_recorded(node: Node, handler: str) -> None:

@@ -36,14 +36,25 @@ class CgroupPath:
 
 def cgroup_path(driver: str, parent: str, default_parent: str, container_id: str) -> CgroupPath:
     """The container's cgroup below its pod's."""
-    parent = parent or default_parent or _DEFAULT_PARENT[driver]
-    validate.texts("cgroup_parent", [parent])
+    parent = _chosen(driver, parent, default_parent)
     if driver == "systemd":
         slice_name = to_slice(parent)
         unit = f"{PREFIX}-{container_id}.scope"
         return CgroupPath(f"{slice_name}:{PREFIX}:{container_id}", f"{expand_slice(slice_name)}/{unit}")
     path = f"{to_path(parent)}/{PREFIX}-{container_id}"
     return CgroupPath(path, path)
+
+
+def pod_group(driver: str, parent: str, default_parent: str) -> str:
+    """Where a pod's processes are, below each hierarchy's root, whatever the spelling of its parent."""
+    parent = _chosen(driver, parent, default_parent)
+    return expand_slice(to_slice(parent)) if driver == "systemd" else to_path(parent)
+
+
+def _chosen(driver: str, parent: str, default_parent: str) -> str:
+    parent = parent or default_parent or _DEFAULT_PARENT[driver]
+    validate.texts("cgroup_parent", [parent])
+    return parent
 
 
 def to_slice(parent: str) -> str:
