@@ -132,6 +132,19 @@ def test_exec_gives_output_code_and_times_out(client: Client) -> None:
     assert len(many.stdout) == 16 * 1024 * 1024
 
 
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_a_command_may_be_as_large_as_the_kernel_takes(client: Client, handler: str) -> None:
+    _, container_id = client.running(handler=handler)
+    largest = "x" * 131071
+    assert client.execute(container_id, "true", largest).exit_code == 0
+    assert client.execute(container_id, "true", *[largest] * 15, "x" * 120000).exit_code == 0
+    for refused in ([largest + "x"], [largest] * 16):
+        with pytest.raises(grpc.RpcError) as caught:
+            client.execute(container_id, "true", *refused)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "the kernel takes at most" in (caught.value.details() or "")
+
+
 def test_a_stop_signal_is_heeded_and_a_deaf_container_is_killed(client: Client) -> None:
     _, polite = client.running(*SHELL, "trap 'exit 5' TERM; while true; do sleep 0.05; done")
     time.sleep(0.3)

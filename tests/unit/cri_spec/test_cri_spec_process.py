@@ -252,6 +252,30 @@ def test_exec_with_a_terminal_has_a_term() -> None:
     assert [entry for entry in entries if entry.startswith("TERM=")] == ["TERM=vt100"]
 
 
+def limit_of_stack(soft: int) -> dict[str, Any]:
+    return {"type": "RLIMIT_STACK", "soft": soft, "hard": soft}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"args": ["sh", "x" * 131072]},
+            "argument 'x{32}' has 131072 bytes: .* at most 131071",
+        ),
+        ({"env": ["BIG=" + "ü" * 65536]}, "variable 'BIG' has 131076 bytes: .* at most 131071"),
+        ({"args": ["x" * 131071] * 16}, "together: the kernel takes at most 2097152"),
+        ({"args": ["x" * 131071] * 2, "rlimits": [limit_of_stack(4096)]}, "kernel takes at most 131072"),
+    ],
+)
+def test_more_than_execve_takes_is_refused_with_the_limit(changes: dict[str, Any], words: str) -> None:
+    made = {"args": ["x" * 131071], "env": ["A=b"], "rlimits": [limit_of_stack(8 << 20)]}
+    process_module.check_size(made)
+    with pytest.raises(RemoteError, match=words) as refused:
+        process_module.check_size(made | changes)
+    assert refused.value.code is Code.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("command", [[], ["a\0b"]])
 def test_exec_of_nothing_is_refused(command: list[str]) -> None:
     with pytest.raises(RemoteError):

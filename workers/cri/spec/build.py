@@ -44,6 +44,7 @@ def build(inputs: SpecInputs) -> Built:
         spec["hooks"] = {stage: [_hook(hook) for hook in chosen] for stage, chosen in hooks.items()}
     if inputs.rootfs.cdi is not None:
         cdi.apply(spec, inputs.rootfs.cdi)
+    process.check_size(spec["process"])
     return Built(
         spec=msgspec.json.encode(spec),
         cgroup_path=path.relative,

@@ -6,6 +6,7 @@ Refuses what execve(2) or the JSON of a runtime spec cannot carry.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,10 @@ from .notes import Notes
 from .words import words
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: What execve(2) takes (MAX_ARG_STRLEN): bytes of one argument, or of a variable with its name, and a NUL.
+MAX_STRING = 32 * resource.getpagesize()
+#: And all together, with a pointer for each: a quarter of the stack's limit, within these bounds.
+MIN_STRINGS, MAX_STRINGS = MAX_STRING, 6 << 20
 OOM_SCORE_MIN, OOM_SCORE_MAX = -1000, 1000
 
 _RLIMITS = frozenset(
@@ -65,7 +70,35 @@ def exec_process(spec: bytes, command: Iterable[str], *, tty: bool = False) -> b
     changes: dict[str, Any] = {"args": args, "terminal": tty}
     if tty:
         changes["env"] = _with_terminal(own["env"])
-    return msgspec.json.encode(own | changes)
+    made = own | changes
+    check_size(made)
+    return msgspec.json.encode(made)
+
+
+def check_size(process: dict[str, Any]) -> None:
+    """INVALID_ARGUMENT for more than execve(2) takes, which a runtime tells by some code only."""
+    total = 0
+    for what, strings in (("argument", process["args"]), ("environment variable", process["env"])):
+        for text in strings:
+            size = len(text.encode()) + 1
+            total += size + 8
+            if size > MAX_STRING:
+                begin = text.partition("=")[0][:32]
+                raise invalid(
+                    f"the {what} {begin!r} has {size - 1} bytes: the kernel takes at most {MAX_STRING - 1}"
+                )
+    limit = min(max(_stack(process) // 4, MIN_STRINGS), MAX_STRINGS)
+    if total > limit:
+        raise invalid(
+            f"arguments and environment have {total} bytes together: the kernel takes at most {limit}"
+        )
+
+
+def _stack(process: dict[str, Any]) -> int:
+    """The soft limit of the process's stack: its own, else ours, which the runtime inherits too."""
+    own = [limit["soft"] for limit in process.get("rlimits", ()) if limit["type"] == "RLIMIT_STACK"]
+    soft = int(own[0]) if own else resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return MAX_STRINGS * 4 if soft == resource.RLIM_INFINITY else soft
 
 
 def _with_terminal(env: list[str]) -> list[str]:
