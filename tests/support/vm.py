@@ -23,7 +23,8 @@ from tests.support import vm_image
 MEMORY_MIB = 1024
 #: Kernel parameters: nothing that asks, waits or is not needed.
 PARAMETERS = (
-    *("rw", "root=/dev/ubda", "quiet", "panic=-1", "selinux=0", "con0=null,fd:1", "con=null", "ssl=null"),
+    *("rw", "root=/dev/ubda", "quiet", "panic=-1", "security=apparmor"),
+    *("con0=null,fd:1", "con=null", "ssl=null"),
     *("systemd.unit=payload.service", "systemd.show_status=false", "systemd.default_timeout_start_sec=60"),
 )
 

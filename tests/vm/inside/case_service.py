@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from ipc.cri import api_pb2 as pb
@@ -187,6 +188,32 @@ def case_a_parent_that_nobody_made_goes_with_its_last_pod(node: Node, handler: s
     wait_for(lambda: not (CGROUPS / top.strip("/")).exists(), f"{top} is removed")
     if systemd:
         assert "unmade" not in run("systemctl", "list-units", "--all", "--plain", "unmade*")
+
+
+@both_runtimes
+def case_apparmor_profiles_are_enforced(node: Node, handler: str) -> None:
+    """Ours by default (loaded by the supervisor), one of the node's by name, none if none is asked for."""
+    profile = Path("/run/bhtest-profile")
+    profile.write_text("profile bhtest { file, capability, signal, deny /forbidden w, }\n")
+    run("apparmor_parser", "--replace", "--skip-cache", str(profile))
+    sandbox = node.pod_config()
+    pod_id = node.run_pod(sandbox, handler)
+    kinds = pb.SecurityProfile.ProfileType
+    script = "cat /proc/self/attr/current; touch /forbidden; ls /forbidden; mount -t tmpfs x /mnt; echo end"
+    seen = {}
+    for kind, name in ((kinds.RuntimeDefault, ""), (kinds.Localhost, "bhtest"), (kinds.Unconfined, "")):
+        chosen = pb.SecurityProfile(profile_type=kind, localhost_ref=name)
+        container_id = node.start_container(pod_id, sandbox, [*SHELL, script], apparmor=chosen)
+        node.ended(container_id)
+        seen[kind] = node.log(container_id)
+    assert seen[kinds.RuntimeDefault][:2] == ["bulkhead-default (enforce)", "/forbidden"]
+    assert seen[kinds.Localhost][0] == "bhtest (enforce)"
+    assert "/forbidden: Permission denied" in seen[kinds.Localhost][1]
+    assert seen[kinds.Unconfined][:2] == ["unconfined", "/forbidden"]
+    missing = pb.SecurityProfile(profile_type=kinds.Localhost, localhost_ref="never-loaded")
+    with pytest.raises(grpc.RpcError, match="'never-loaded' is not loaded on this node"):
+        node.start_container(pod_id, sandbox, SLEEP, apparmor=missing)
+    run("apparmor_parser", "--remove", str(profile))
 
 
 @pytest.mark.short

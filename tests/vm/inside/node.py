@@ -220,8 +220,9 @@ class Node:
         sandbox: pb.PodSandboxConfig,
         command: list[str],
         resources: pb.LinuxContainerResources | None = None,
+        **security: Any,
     ) -> str:
-        """Create and start a container."""
+        """Create and start a container; `security` are fields of its security context."""
         name = f"c-{next(self._numbers)}"
         config = pb.ContainerConfig(
             metadata=pb.ContainerMetadata(name=name),
@@ -229,6 +230,7 @@ class Node:
             command=command,
             log_path=f"{name}.log",
         )
+        config.linux.security_context.MergeFrom(pb.LinuxContainerSecurityContext(**security))
         config.linux.security_context.namespace_options.CopyFrom(
             sandbox.linux.security_context.namespace_options
         )
