@@ -17,8 +17,8 @@ LISTS: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy(
-            name="cri",  # SQLite, and a socket to bind in a directory of its own
-            allowed=_COMMON | calls.WRITE_FILES,
+            name="cri",  # SQLite, a socket to bind in a directory of its own, the ends of monitors
+            allowed=_COMMON | calls.WRITE_FILES | {"pidfd_open"},
             conditional={**_CONDITIONS, **calls.LOCAL_SOCKETS},
             missing=calls.MISSING,
         ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +86,20 @@ def test_a_pod_with_a_shared_pid_namespace_has_the_built_in_init(client: Client)
     own = client.execute(ids[0], *SHELL, "kill -9 1; readlink /proc/1/exe; echo $?").stdout
     assert own.endswith(b"\n")
     assert client.status(ids[1]).state == pb.ContainerState.CONTAINER_RUNNING
+
+
+def test_a_pod_whose_init_is_killed_is_not_ready_and_makes_room(client: Client) -> None:
+    pod_id, container_id = client.running(shared_pid=True)
+    sandbox = client.pod_config(shared_pid=True)
+    sandbox.metadata.CopyFrom(client.pod_status(pod_id).metadata)
+    pid = next(w.pid for w in client.node.workers() if w.name == f"init {pod_id}")
+    os.kill(pid, signal.SIGKILL)
+    not_ready = pb.PodSandboxState.SANDBOX_NOTREADY
+    wait_for(lambda: client.pod_status(pod_id).state == not_ready, "the pod is not ready")
+    assert client.ended(container_id).exit_code == 137  # the kernel ends the namespace with its init
+    again = client.container_config(["true"])
+    assert code_of(client.create, pod_id, sandbox, again) == grpc.StatusCode.FAILED_PRECONDITION
+    assert client.run(sandbox) != pod_id
 
 
 def test_dns_config_and_shm_reach_the_container(client: Client) -> None:

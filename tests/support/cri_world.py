@@ -222,6 +222,7 @@ class World:
         self.stubborn = False  # containers ignore their stop signal
         self.monitors: dict[str, MonitorModel] = {}
         self.inits: set[str] = set()
+        self.init_pid = 77  # of every init
         self.parents: dict[str, str] = {}  # cgroup parents that were noted, by their pods
         self.networks: set[str] = set()
         self.pod_files: set[str] = set()
@@ -463,7 +464,9 @@ class World:
 
         async def init_start(body: supervisor.InitStart) -> supervisor.InitStarted:
             self.inits.add(body.pod_id)
-            return supervisor.InitStarted(pid=77, pid_namespace=f"/run/bulkhead/ns/{body.pod_id}/pid")
+            return supervisor.InitStarted(
+                pid=self.init_pid, pid_namespace=f"/run/bulkhead/ns/{body.pod_id}/pid"
+            )
 
         async def init_stop(body: supervisor.InitStop) -> Empty:
             self.inits.discard(body.pod_id)

@@ -17,6 +17,7 @@ from ipc import log
 from ipc.cri import api_pb2 as pb
 from ipc.errors import RemoteError, precondition
 from ipc.messages import network, storage, supervisor
+from workers.cri.inits import Inits
 from workers.cri.names import new_id
 from workers.cri.node import Node
 from workers.cri.operations import Key, uncancelled
@@ -49,6 +50,7 @@ class Pods:
         self._node = node
         self._store = node.store
         self._sandboxes = sandboxes
+        self.inits = Inits(node)
         self._kill_container = kill
         self._remove_container = remove
 
@@ -111,6 +113,7 @@ class Pods:
             raise
         pod.record.phase = Phase.READY
         self._store.save_pod(pod, done="pod.run")
+        self.inits.watch(pod)
         log.get().info("pod runs", pod=pod.id, name=shown(pod), ips=pod.record.ips)
         return pod.id
 

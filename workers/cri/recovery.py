@@ -78,6 +78,8 @@ class Recovery:
         for container in self._store.containers.values():
             if container.phase in {Phase.CREATED, Phase.RUNNING}:
                 self._watcher.watch(container)
+        for pod in self._store.pods.values():
+            self._pods.inits.watch(pod)
         for subject, intent in strongest(self._store.intents()).items():
             self._resume(subject, intent)
         for pod in self._store.pods.values():

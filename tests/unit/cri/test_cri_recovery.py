@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -13,7 +14,7 @@ from ipc.errors import invalid, unavailable
 from ipc.messages import monitor, network, storage, supervisor
 from tests.support.cri_world import MonitorModel, Worker, World, eventually, hang
 from workers.cri.recovery import strongest
-from workers.cri.state import Intent
+from workers.cri.state import Intent, Phase
 
 Scenario = Callable[[World, Worker], Coroutine[Any, Any, Worker]]
 
@@ -192,6 +193,31 @@ def test_a_stopped_pod_stays_stopped() -> None:
         pods = await worker.runtime.ListPodSandbox(pb.ListPodSandboxRequest())
         assert [item.state for item in pods.items] == [pb.PodSandboxState.SANDBOX_NOTREADY]
         await eventually(lambda: not world.networks)
+        return worker
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("noticed_by", ["this worker", "the next"])
+def test_a_pod_whose_init_ended_is_not_ready_and_makes_room(noticed_by: str) -> None:
+    async def scenario(world: World, worker: Worker) -> Worker:
+        process = subprocess.Popen(["sleep", "100"])
+        world.init_pid = process.pid
+        try:
+            pod_id = await worker.run_pod(shared_pid=True)
+            world.fail(supervisor.InitList, unavailable("asked again"))
+            if noticed_by == "the next":
+                await worker.crash()
+            await asyncio.sleep(0.1)
+            world.inits.clear()
+            process.kill()
+            process.wait()
+            if noticed_by == "the next":
+                worker = await Worker(world).start()
+            await eventually(lambda: worker.node.store.pods[pod_id].phase is Phase.STOPPED)
+        finally:
+            process.kill()
+        assert await worker.run_pod(shared_pid=True) != pod_id
         return worker
 
     play(scenario)

@@ -94,6 +94,8 @@ def test_no_closed_list_lets_anything_dangerous_pass(policy: Policy) -> None:
         *("setuid", "setresuid", "setgroups", "capset", "chroot", "seccomp", "open_tree", "move_mount"),
         *("fsopen", "fsmount", "mount_setattr", "pidfd_open", "pidfd_send_signal", "tkill", "setrlimit"),
     }
+    if policy.name == "cri":  # it waits for the ends of monitors; it may not signal through one
+        forbidden -= {"pidfd_open"}
     assert not forbidden & (policy.allowed | set(policy.conditional))
 
 
