@@ -44,6 +44,7 @@ class Common(Body):
 class CriSettings(Common):
     listen: str = ""  # the public path; `bind_directory` is where cri itself binds
     bind_directory: str = ""
+    stream_url: str = ""  # what the URLs of Exec, Attach and PortForward begin with
     runtimes: list[Runtime] = []
     default_runtime: str = ""
     cgroup_driver: str = "cgroupfs"
@@ -105,9 +106,6 @@ class MonitorSettings(Common):
 
 
 class StreamSettings(Common):
-    #: where the supervisor binds the TCP listener that the worker inherits as `http`; port 0 is any
-    address: str = "127.0.0.1"
-    port: int = 0
     tls_cert: str = ""  # PEM, with its chain; "" = no TLS
     tls_key: str = ""
     tls_client_ca: str = ""  # PEM; "" = clients need no certificate

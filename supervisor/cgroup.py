@@ -17,7 +17,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from supervisor.table import Limits
@@ -209,20 +209,25 @@ class Groups:
         removed = [_remove_tree(directory) for directory in self._directories(path)]  # each is tried
         return all(removed)
 
-    def clear(self, path: str) -> bool:
-        """Kill everything in a group and remove it; for groups that only our own processes can be in."""
+    def clear(self, path: str, spare: Collection[int] = ()) -> bool:
+        """Kill everything in a group but `spare` and remove it; for groups that only our own processes can be
+        in. Returns False if something is left."""
         until = time.monotonic() + _KILL_WAIT
         while True:
-            for pid in self.pids(path) - {os.getpid()}:
+            condemned = self.pids(path) - {os.getpid(), *spare}
+            for pid in condemned:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if self.remove(path) or time.monotonic() > until:
+            if self.remove(path) or (spare and not condemned) or time.monotonic() > until:
                 return not any(os.path.isdir(directory) for directory in self._directories(path))
             time.sleep(0.01)
 
-    def sweep(self, kinds: Iterable[str]) -> list[str]:
-        """Clear the workers' groups that a supervisor before us left; returns those that stay."""
-        return [kind for kind in kinds if not self.clear(self.worker(kind))]
+    def sweep(self, kinds: Mapping[str, Collection[int]]) -> list[str]:
+        """Clear the workers' groups that a supervisor before us left; returns those that stay.
+
+        `kinds`: which processes of each kind are left alone.
+        """
+        return [kind for kind, spare in kinds.items() if not self.clear(self.worker(kind), spare)]
 
     def release(self, kinds: Iterable[str]) -> None:
         """At the end: remove every group that is empty. Monitors and pods keep theirs."""

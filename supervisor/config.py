@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import re
 import resource
@@ -60,6 +61,15 @@ def absolute_or_empty(value: str) -> str:
 def absolute_list(values: list[str]) -> str:
     """Check: every element is an absolute path."""
     return next((f"has {v!r}: it {absolute(v)}" for v in values if absolute(v)), "")
+
+
+def ip_address(value: str) -> str:
+    """Check: an IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return "must be an IP address"
+    return ""
 
 
 def one_of(*words: str) -> Check:
@@ -124,6 +134,7 @@ _ENV = matching(r"[^=\0]+=[^\0]*", "of the form NAME=VALUE")
 _ANNOTATION = matching(
     r"[A-Za-z0-9./_-]*\*|[A-Za-z0-9./_-]+", "an annotation's name, or its beginning and a *"
 )
+_CIPHER = matching(r"[A-Za-z0-9+!@=_-]+", "a cipher's name as OpenSSL spells it")
 _ULIMIT_FORM = matching(r"[a-z]+=(-1|\d+)(:(-1|\d+))?", "of the form name=soft:hard")
 
 
@@ -232,6 +243,27 @@ class OpsConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    address: str = key("127.0.0.1", "IP address where exec, attach and port-forward are served.", ip_address)
+    port: int = key(0, "TCP port; 0: any that is free.", between(0, 65535))
+    tls_cert: str = key("", "Certificate with its chain, PEM; empty: no TLS.", absolute_or_empty)
+    tls_key: str = key("", "Its key, PEM; empty: it is in the certificate's file.", absolute_or_empty)
+    tls_client_ca: str = key(
+        "", "Authority of clients' certificates, PEM; empty: they need none.", absolute_or_empty
+    )
+    tls_min_version: str = key("1.2", "1.2 or 1.3.", one_of("1.2", "1.3"))
+    tls_ciphers: list[str] = key([], "Of TLS 1.2, OpenSSL's names; empty: OpenSSL's choice.", _CIPHER)
+    head_timeout: float = key(10.0, "For a TLS handshake, and again for a request.", at_least(0.1))
+    creation_timeout: float = key(30.0, "For a client to open the streams of its session.", at_least(0.1))
+    idle_timeout: float = key(4 * 3600.0, "A session on which nothing moves is ended.", at_least(1))
+    stall_timeout: float = key(
+        30.0, "A forwarded connection that takes nothing while others wait for it is ended.", at_least(0.1)
+    )
+    max_connections: int = key(1024, "Connections served at a time.", between(1, 8192))
+    max_streams: int = key(256, "Streams of one connection.", between(8, 65536))
+
+
+@dataclass(frozen=True)
 class ContainersConfig:
     default_capabilities: list[str] = key(
         [
@@ -306,6 +338,7 @@ class Config:
     timeouts: TimeoutsConfig = table(TimeoutsConfig, "All in seconds.")
     restart: RestartConfig = table(RestartConfig, "When workers die.")
     ops: OpsConfig = table(OpsConfig, "Metrics and inspection.")
+    stream: StreamConfig = table(StreamConfig, "The server of exec, attach and port-forward.")
 
     def resolved(self) -> Config:
         """Return the configuration with every derived value filled in."""

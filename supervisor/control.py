@@ -25,7 +25,7 @@ Bound = Callable[[str], object]
 
 
 class Control:
-    """One worker's channel. `on_hello` and `on_bound` may raise RemoteError, which the worker is told."""
+    """One worker's channel. What `on_hello`, `on_bound` and `on_drain` raise (RemoteError) it is told."""
 
     def __init__(
         self,
@@ -36,14 +36,18 @@ class Control:
         *,
         on_hello: Hello,
         on_bound: Bound,
+        on_drain: Callable[[], object],
         on_close: Callable[[], object],
         log: Log,
     ) -> None:
         self._on_hello = on_hello
         self._on_bound = on_bound
+        self._on_drain = on_drain
         callers = frozenset({kind})
         handlers = table(
-            Handler(control.Hello, self._hello, callers), Handler(control.SocketBound, self._bound, callers)
+            Handler(control.Hello, self._hello, callers),
+            Handler(control.SocketBound, self._bound, callers),
+            Handler(control.Drain, self._drain, callers),
         )
         self._connection = Connection(loop, sock, Peer(pid, 0, 0, kind), handlers, max_requests=8, log=log)
         self._connection.on_close(on_close)
@@ -54,6 +58,10 @@ class Control:
 
     def _bound(self, _call: Call, body: control.SocketBound) -> Empty:
         self._on_bound(body.path)
+        return Empty()
+
+    def _drain(self, _call: Call, _body: control.Drain) -> Empty:
+        self._on_drain()
         return Empty()
 
     def ping(self, done: Callable[[control.Health | RemoteError], object], timeout: float) -> None:

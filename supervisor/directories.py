@@ -19,7 +19,7 @@ from supervisor.sandbox.spec import Identity
 from supervisor.settings import bind_directory
 
 #: Below run_root; what a supervisor of an earlier boot left there says nothing any more.
-OF_THIS_BOOT = ("ipc", "monitors", "inits", "tally", "parents.json")
+OF_THIS_BOOT = ("ipc", "monitors", "inits", "draining", "tally", "parents.json")
 
 
 class InstanceRunning(Exception):
@@ -75,7 +75,7 @@ def prepare(config: Config, who: Mapping[str, Identity]) -> bool:
     cri = who.get("cri", Identity(0, 0))
     for name, mode in (("ipc", 0o711), ("ns", 0o711), ("pods", 0o711), ("containers", 0o711)):
         make(f"{run_root}/{name}", mode)
-    for name in ("inits", "tally", "net", "runtimes"):
+    for name in ("inits", "draining", "tally", "net", "runtimes"):
         make(f"{run_root}/{name}", 0o700)
     make(f"{run_root}/monitors", 0o750, 0, cri.gid)
     make(f"{run_root}/cri", 0o700, cri.uid, cri.gid)

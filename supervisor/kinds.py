@@ -17,6 +17,7 @@ import msgspec
 from ipc.loop import Timer
 from ipc.messages.supervisor import WorkerState
 from ipc.settings import Common
+from supervisor.drains import states as draining
 from supervisor.policy import Policy, State, Verdict
 from supervisor.sandbox.spec import Identity
 from supervisor.sockets import Sockets
@@ -46,6 +47,7 @@ class Kind:
         self.entry = entry
         self.identity = identity
         self.workers: dict[int, Worker] = {}
+        self.draining: dict[int, Worker] = {}  # they end with their last session; no policy looks at them
         self.restarts = 0
         self.last_death = ""
         self._ground = ground
@@ -54,7 +56,7 @@ class Kind:
         self._policy = policy
         self._tally = tally
         self._changed = changed
-        self._events = Events(self._ready, self._ended, bound, self._health)
+        self._events = Events(self._ready, self._ended, bound, self._health, self._drained)
         self._stopping = False
         self._stopped: list[Callable[[], object]] = []
         self._backoff: Timer | None = None
@@ -155,7 +157,23 @@ class Kind:
             worker.stop(self._ground.timeouts.worker_stop)
             self._fill()
 
+    def _drained(self, worker: Worker) -> None:
+        """It accepts no more, what it has begun goes on: from here on it is nobody's, until it ends."""
+        self.draining[worker.pid] = self.workers.pop(worker.pid)
+        self._ground.log.info("worker drains", kind=self.entry.kind, pid_of=worker.pid)
+        self._changed(self)
+        if self._stopping:
+            self._maybe_stopped()
+        else:
+            self._fill()
+
     def _ended(self, worker: Worker, code: int) -> None:
+        if self.draining.pop(worker.pid, None) is not None:
+            how = describe(code, self._ground.loop.time() - worker.started)
+            if code:
+                self._tally.add(self.entry.kind, worker.pid, how, worker.why)
+            self._ground.log.info("worker drained", kind=self.entry.kind, pid_of=worker.pid, how=how)
+            return
         del self.workers[worker.pid]
         asked = worker.phase is Phase.STOPPING or (self.entry.on_demand and code == 0)
         if not self.workers:
@@ -204,10 +222,14 @@ class Kind:
         """Children of the last worker (a plugin, an unpack) end with it, even those that left its session."""
         groups = self._ground.groups
         group = groups.worker(self.entry.kind)
-        for pid in groups.pids(group) - {os.getpid()}:
+        for pid in groups.pids(group) - {os.getpid(), *self._spared()}:
             self._ground.log.warning("leftover killed", kind=self.entry.kind, pid_of=pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def _spared(self) -> set[int]:
+        """Who ends with its last session, of this supervisor's and of an earlier one's."""
+        return self._ground.drains.pids(self.entry.kind) - self.workers.keys() if self.entry.drains else set()
 
     # -- health ---------------------------------------------------------------------------------------
 
@@ -279,7 +301,7 @@ class Kind:
         for row in rows:
             row.restarts = self.restarts
             row.last_death = self.last_death
-        return rows
+        return rows + draining(self.entry.kind, self.identity.uid, self._spared())
 
     def _no_process(self) -> WorkerState:
         if self.failed:

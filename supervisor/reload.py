@@ -23,6 +23,8 @@ FIXED = (
     "restart",
     "ops",
     "grpc",  # given to the gRPC server when it is made
+    "stream.address",  # the listener is bound once
+    "stream.port",
     "cni.cache_dir",  # where the records of running pods are
 )
 

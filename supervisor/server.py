@@ -25,6 +25,7 @@ from ipc.settings import MonitorSettings
 from supervisor import cgroup, directories, hostinfo, reload, spawn
 from supervisor.config import Config
 from supervisor.configfile import ConfigError
+from supervisor.drains import Drains
 from supervisor.inits import Inits
 from supervisor.kinds import Kind
 from supervisor.logsink import LogSink, SupervisorLog
@@ -42,7 +43,7 @@ from supervisor.settings import (
     sandbox_paths,
     uids,
 )
-from supervisor.sockets import Sockets, bind, listen, publish
+from supervisor.sockets import Place, Sockets, bind, listen, publish
 from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
 from supervisor.worker import Ground
@@ -66,6 +67,7 @@ class Supervisor:
         self._notifier = notifier
         self._reread = reread
         self._locks = directories.Locks()
+        self._stream_port = 0
         self._derivation = Derivation(config, self.who)
         self._started_at_ns = time.time_ns()
         self._published = "cri" not in self.table
@@ -93,8 +95,13 @@ class Supervisor:
         hierarchies = cgroup.detect()
         instance = cgroup.instance_name(config.run_root)
         self.groups = cgroup.Groups(hierarchies, instance, cgroup.delegated_base(hierarchies))
-        for kind in self.groups.sweep(self._worker_kinds()):
-            self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
+        drains = Drains(config.run_root)
+        spared = {kind: drains.pids(kind) for kind in self._worker_kinds()}
+        for kind in self.groups.sweep(spared):
+            if spared[kind]:
+                self.log.info("sessions of an earlier supervisor go on", kind=kind, pids=sorted(spared[kind]))
+            else:
+                self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
         self.groups.prepare()
         self.sink = LogSink(self.loop, f"{config.run_root}/ipc/log.sock", uids(self.who))
         self.reaper = Reaper(self.loop, self.log)
@@ -109,6 +116,7 @@ class Supervisor:
             timeouts=config.timeouts,
             paths=sandbox_paths(config),
             log_socket=f"{config.run_root}/ipc/log.sock",
+            drains=drains,
         )
         self._make_parts(hierarchies)
 
@@ -119,7 +127,12 @@ class Supervisor:
         self.inits = Inits(self.ground, self.who["init"], self.config.run_root, parent)
         systemd = self.config.cgroup_manager == "systemd"
         self.parents = Parents(self.ground, self.config.run_root, systemd=systemd)
-        self.kinds = {kind: self._make_kind(self.table[kind]) for kind in self._worker_kinds()}
+        # All are bound before the first settings are made: cri is told where stream listens.
+        sockets = {kind: self._bind(self.table[kind]) for kind in self._worker_kinds()}
+        if "stream" in sockets and "http" in sockets["stream"].extra:
+            self._stream_port = sockets["stream"].extra["http"].getsockname()[1]
+        self._derivation = Derivation(self.config, self.who, self._stream_port)
+        self.kinds = {kind: self._make_kind(self.table[kind], sockets[kind]) for kind in sockets}
         self.probe = hostinfo.HostProbe(
             self.loop,
             self.reaper,
@@ -130,13 +143,13 @@ class Supervisor:
         )
         self.server = Server(self.loop, Requests(self).table(), uids(self.who), log=self.log)
 
-    def _make_kind(self, entry: Entry) -> Kind:
+    def _make_kind(self, entry: Entry, sockets: Sockets) -> Kind:
         return Kind(
             self.ground,
             entry,
             identity=self.who[entry.kind],
             settings=self._derivation.of(entry.kind),
-            sockets=self._bind(entry),
+            sockets=sockets,
             policy=Policy(_rules(self.config), time.monotonic, _chance),
             tally=self.tally,
             changed=lambda _kind: self._changed(),
@@ -145,7 +158,9 @@ class Supervisor:
 
     def _bind(self, entry: Entry) -> Sockets:
         path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
-        return bind(entry, path, self.who, {"http": self.config.ops.listen})
+        stream = self.config.stream
+        http: dict[str, Place] = {"ops": self.config.ops.listen, "stream": (stream.address, stream.port)}
+        return bind(entry, path, self.who, {"http": http.get(entry.kind, "")})
 
     def _worker_kinds(self) -> list[str]:
         return [entry.kind for entry in self.table.values() if entry.is_worker]
@@ -280,7 +295,7 @@ class Supervisor:
             self.log.info("monitors that run keep their log level")
         self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config)
         self.inits.default_parent = default_cgroup_parent(config)
-        self._derivation = Derivation(config, self.who)
+        self._derivation = Derivation(config, self.who, self._stream_port)
         if hostinfo.PROBED & set(change.taken):
             self.probe.restart(config)  # before cri hears of it and asks
         for kind in self.kinds.values():

@@ -81,15 +81,32 @@ def sandbox_paths(config: Config) -> dict[str, str]:
         "registries_conf_dir": config.image.registries_conf_dir,
         "certs_dirs": ":".join(config.image.certs_dirs),
         "auth_file": config.image.auth_file,
+        "stream_tls": ":".join(tls_directories(config)),
     }
 
 
-class Derivation:
-    """Makes the settings of each kind."""
+def tls_directories(config: Config) -> list[str]:
+    """Where the files of the stream server's TLS are, and where those lie that they point at: whoever sees
+    these directories sees a file change."""
+    stream = config.stream
+    files = [path for path in (stream.tls_cert, stream.tls_key, stream.tls_client_ca) if path]
+    return sorted({os.path.dirname(path) for file in files for path in (file, os.path.realpath(file))})
 
-    def __init__(self, config: Config, who: Mapping[str, Identity]) -> None:
+
+def stream_url(config: Config, port: int) -> str:
+    """What URLs of streaming begin with; the kubelet is on this machine, so a wildcard means loopback."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.stream.address, config.stream.address)
+    host = f"[{address}]" if ":" in address else address
+    return f"{'https' if config.stream.tls_cert else 'http'}://{host}:{port}"
+
+
+class Derivation:
+    """Makes the settings of each kind. `stream_port`: what the stream server's listener is bound to."""
+
+    def __init__(self, config: Config, who: Mapping[str, Identity], stream_port: int = 0) -> None:
         self._config = config
         self._who = who
+        self._stream_port = stream_port or config.stream.port
         self._makers: dict[str, Callable[[], settings.Common]] = {
             "cri": self._cri,
             "image": self._image,
@@ -119,6 +136,7 @@ class Derivation:
             **self._common(),
             listen=config.listen,
             bind_directory=bind_directory(config),
+            stream_url=stream_url(config, self._stream_port),
             runtimes=[
                 settings.Runtime(
                     name=name,
@@ -197,7 +215,22 @@ class Derivation:
         )
 
     def _stream(self) -> settings.StreamSettings:
-        return settings.StreamSettings(**self._common(), idle_exit=self._config.timeouts.idle_exit)
+        stream = self._config.stream
+        return settings.StreamSettings(
+            **self._common(),
+            tls_cert=stream.tls_cert,
+            tls_key=stream.tls_key,
+            tls_client_ca=stream.tls_client_ca,
+            tls_min_version=stream.tls_min_version,
+            tls_ciphers=stream.tls_ciphers,
+            head_timeout=stream.head_timeout,
+            creation_timeout=stream.creation_timeout,
+            idle_timeout=stream.idle_timeout,
+            stall_timeout=stream.stall_timeout,
+            max_connections=stream.max_connections,
+            max_streams=stream.max_streams,
+            idle_exit=self._config.timeouts.idle_exit,
+        )
 
     def _ops(self) -> settings.OpsSettings:
         return settings.OpsSettings(

@@ -9,11 +9,13 @@ CRI socket, which cri has bound, into its public place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +26,9 @@ from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
 
 BACKLOG = 256
+IN_USE_WAIT = 5.0  # seconds for the workers of a supervisor that was killed to let go of a port
+#: Of an extra socket: the path of a Unix socket, or an IP address and a port.
+Place = str | tuple[str, int]
 _ACL = "system.posix_acl_access"
 _ACL_VERSION = 2  # linux/posix_acl_xattr.h
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
@@ -49,8 +54,9 @@ class Sockets:
     def close(self) -> None:
         """Close them and remove their paths."""
         for sock in self.all():
-            with contextlib.suppress(OSError):
-                os.unlink(sock.getsockname())
+            if sock.family == socket.AF_UNIX:
+                with contextlib.suppress(OSError):
+                    os.unlink(sock.getsockname())
             sock.close()
 
 
@@ -62,11 +68,12 @@ def any_readable(sockets: Iterable[socket.socket]) -> bool:
     return bool(poll.poll(0))
 
 
-def bind(entry: Entry, path: str, who: Mapping[str, Identity], extra: Mapping[str, str]) -> Sockets:
-    """Bind the sockets of a kind; `extra` has the paths of its extra ones. Raises OSError."""
+def bind(entry: Entry, path: str, who: Mapping[str, Identity], extra: Mapping[str, Place]) -> Sockets:
+    """Bind the sockets of a kind; `extra` has the places of its extra ones. Raises OSError."""
     sockets = Sockets(listen(path, _uids(entry.callers, who)))
     for name in entry.extra:
-        sockets.extra[name] = _listen_stream(extra[name])
+        place = extra[name]
+        sockets.extra[name] = _listen_stream(place) if isinstance(place, str) else _listen_tcp(*place)
     return sockets
 
 
@@ -113,6 +120,28 @@ def _listen_stream(path: str) -> socket.socket:
     os.chmod(path, 0o660)
     sock.listen(BACKLOG)
     return sock
+
+
+def _listen_tcp(address: str, port: int) -> socket.socket:
+    """Bind a TCP listener; port 0 is any. Raises OSError that names the place."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    until = time.monotonic() + IN_USE_WAIT
+    while True:
+        try:
+            sock.bind((address, port))
+            sock.listen(BACKLOG)
+            return sock
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                sock.close()
+                raise OSError(
+                    error.errno, f"cannot listen at {address} port {port}: {error.strerror}"
+                ) from None
+            time.sleep(0.05)
 
 
 def publish(bound: str, directory: str, public: str) -> None:

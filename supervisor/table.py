@@ -52,8 +52,9 @@ class Entry:
     after so many served requests, 0 never. `callers` may connect to `<run_root>/ipc/<kind>.sock`. `extra`
     names further listening sockets (supervisor/sockets.py binds them). `preload`: the module is imported
     before the fork and shared. `without`: modules that cannot be imported in it, however much a library would
-    like to. `stop_order`: low numbers are told to stop first. Life and limits of the
-    rest are in `sandbox` and `limits`; None means those of the supervisor.
+    like to. `stop_order`: low numbers are told to stop first. `drains`: what it has begun outlives its being
+    told to stop, and the supervisor (supervisor/drains.py). Life and limits of the rest are in `sandbox` and
+    `limits`; None means those of the supervisor.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Entry:
     preload: bool = False
     without: frozenset[str] = frozenset()
     stop_order: int = 0
+    drains: bool = False
 
     @property
     def on_demand(self) -> bool:
@@ -198,11 +200,15 @@ TABLE: Table = by_kind(
             seccomp="stream",
             tcp=frozenset({"bind"}),
             oom_score_adj=-500,
-            view=(*DEVICES, Bind("{run_root}/ipc/cri.sock"), _LOG),
+            # the directory, not cri.sock: sessions outlive the supervisor, and its successor binds anew
+            view=(*DEVICES, Bind("{run_root}/ipc"), Bind("{stream_tls}", optional=True)),
             rlimits={**WORKER_LIMITS, "NOFILE": 16384},
+            parent_death_signal=False,
         ),
         limits=Limits(memory=512 * MIB, pids=256),
+        extra=("http",),
         stop_order=2,
+        drains=True,
     ),
     Entry(
         kind="ops",

@@ -26,6 +26,7 @@ from supervisor import spawn
 from supervisor.cgroup import Groups
 from supervisor.config import TimeoutsConfig
 from supervisor.control import Control
+from supervisor.drains import Drains, Lock
 from supervisor.logsink import Lines, LogSink
 from supervisor.reaper import Reaper
 from supervisor.sandbox.report import differences
@@ -42,6 +43,7 @@ class Phase(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     STOPPING = "stopping"
+    DRAINING = "draining"  # it accepts no more; nobody waits for its end
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Ground:
     timeouts: TimeoutsConfig
     paths: Mapping[str, str]
     log_socket: str
+    drains: Drains
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Events:
     ended: Callable[[Worker, int], object]
     bound: Callable[[str], object]
     health: Callable[[Worker], object]
+    drained: Callable[[Worker], object]
 
 
 @dataclass
@@ -110,24 +114,29 @@ class Worker:
         worker = cls(ground, origin, events)
         worker._oom_kills = worker._count_oom_kills()
         ours, theirs = pair()
+        lock = ground.drains.lock(origin.entry.kind) if origin.entry.drains else None
         worker._stderr_fd, stderr_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            child = spawn.fork(worker._job(theirs, stderr_write))
+            child = spawn.fork(worker._job(theirs, stderr_write, lock))
         except OSError:
             ours.close()
             os.close(worker._stderr_fd)
+            if lock is not None:
+                lock.drop()
             raise
         finally:
             theirs.close()
             os.close(stderr_write)
         worker.pid = child.pid
+        if lock is not None:
+            lock.told(child.pid)
         worker._watch(ours)
         with contextlib.suppress(ProcessLookupError):
             ground.groups.enter(ground.groups.worker(origin.entry.kind), child.pid)
         child.open_gate()
         return worker
 
-    def _job(self, control: socket.socket, stderr_fd: int) -> spawn.Job:
+    def _job(self, control: socket.socket, stderr_fd: int, lock: Lock | None) -> spawn.Job:
         entry = self.origin.entry
         level = self.origin.settings.log_level
         child_log = Log(entry.kind, sink=self.ground.log_socket, level=level)
@@ -145,7 +154,7 @@ class Worker:
             title=f"bulkhead: {entry.kind}",
             work=lambda: spawn.run_worker(plan),
             log=child_log,
-            keep=plan.descriptors(),
+            keep=[*plan.descriptors(), *([lock.fd] if lock else [])],
             stderr_fd=stderr_fd,
         )
 
@@ -160,6 +169,7 @@ class Worker:
             self.pid,
             on_hello=self._hello,
             on_bound=self.events.bound,
+            on_drain=self._drain,
             on_close=self._channel_closed,
             log=ground.log,
         )
@@ -178,6 +188,14 @@ class Worker:
         self.phase = Phase.READY
         self.answered = time.monotonic()
         self.events.ready(self)
+
+    def _drain(self) -> None:
+        if not self.origin.entry.drains or self.phase is Phase.STARTING:
+            raise RemoteError(Code.FAILED_PRECONDITION, f"a {self.kind} worker does not drain")
+        if self.phase is not Phase.DRAINING:
+            self._cancel_timer()
+            self.phase = Phase.DRAINING
+            self.events.drained(self)
 
     def _faults(self, report: SandboxReport) -> list[str]:
         declared = self.origin.entry.sandbox
@@ -233,7 +251,7 @@ class Worker:
 
     def stop(self, grace: float) -> None:
         """Tell it to end in order; after the grace it is killed."""
-        if self.phase is Phase.STOPPING:
+        if self.phase in {Phase.STOPPING, Phase.DRAINING}:
             return
         ready, self.phase = self.phase is Phase.READY, Phase.STOPPING
         if ready and self._control is not None:
@@ -267,7 +285,7 @@ class Worker:
 
     def _channel_closed(self) -> None:
         self._control = None
-        if self.phase is not Phase.STOPPING:
+        if self.phase not in {Phase.STOPPING, Phase.DRAINING}:
             self._kill_later(self.ground.timeouts.worker_stop + KILL_AFTER)
 
     def _ended(self, code: int) -> None:

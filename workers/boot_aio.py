@@ -10,17 +10,32 @@ import contextlib
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from ipc import aio
+from ipc.errors import RemoteError
 from ipc.fds import FdSet
 from ipc.messages import Empty, control
 from ipc.table import Handler
 from workers.boot import HELLO_TIMEOUT, SUPERVISOR, Context, control_table, take_common
 
 
+class Drain(Protocol):
+    """What outlives a worker's being told to stop, and its supervisor."""
+
+    def begin(self) -> bool:
+        """Accept no more; True if something goes on."""
+
+    async def wait(self) -> None:
+        """Return when nothing goes on any more."""
+
+
 class AioService:
-    """An asyncio worker's server and control channel: `await start()`, then `await wait()`."""
+    """An asyncio worker's server and control channel: `await start()`, then `await wait()`.
+
+    With `drain`, an order of the supervisor, or its death, lets what was begun go on to its end; only a
+    signal cuts that short.
+    """
 
     def __init__(
         self,
@@ -32,6 +47,7 @@ class AioService:
         on_stop: Callable[[], Awaitable[object]] | None = None,
         busy: Callable[[], bool] | None = None,
         idle_exit: float | None = None,
+        drain: Drain | None = None,
     ) -> None:
         self.server = aio.Server(handlers, context.settings.uids, log=context.log)
         self._context = context
@@ -41,13 +57,15 @@ class AioService:
         self._busy = busy or (lambda: False)
         self._idle_exit = idle_exit
         self._grace = 5.0
+        self._drain = drain
         self._stop = asyncio.Event()
+        self._now = asyncio.Event()
         self._control: aio.Connection | None = None
 
     async def start(self) -> None:
         """Say hello to the supervisor, then accept. Raises RemoteError if the supervisor refuses."""
         assert self._context.control is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop_now)
         handlers = control_table(self._ping, self._told_to_stop, self._reload)
         self._control = aio.Connection(
             self._context.control, SUPERVISOR, handlers, log=self._context.log, on_bug=self._bug
@@ -57,7 +75,7 @@ class AioService:
         if self._context.listener is not None:
             self.server.start(self._context.listener)
 
-    async def tell(self, request: control.Hello | control.SocketBound) -> None:
+    async def tell(self, request: control.Hello | control.SocketBound | control.Drain) -> None:
         """Tell the supervisor something over the control channel. Raises RemoteError, aio.Lost."""
         assert self._control is not None
         await self._control.ask(request, FdSet(), time.monotonic() + HELLO_TIMEOUT)
@@ -76,6 +94,9 @@ class AioService:
             if self.server.failed.done():
                 self.server.failed.result()
             self.server.stop_accepting()
+            if self._context.listener is not None:
+                self._context.listener.close()  # a supervisor that is gone must find its places free
+            await self._drained()
             if self._on_stop is not None:
                 await self._on_stop()
             await self.server.close(self._grace)
@@ -84,6 +105,24 @@ class AioService:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+
+    def _stop_now(self) -> None:
+        self._now.set()
+        self._stop.set()
+
+    async def _drained(self) -> None:
+        """Let what was begun go on to its end; raises a bug of it."""
+        if self._drain is None or not self._drain.begin():
+            return
+        with contextlib.suppress(aio.Lost, RemoteError):
+            await self.tell(control.Drain())
+        over = [asyncio.create_task(self._drain.wait()), asyncio.create_task(self._now.wait())]
+        ends: set[asyncio.Future[Any]] = {*over, self.server.failed}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in over:
+                task.cancel()
 
     async def _watch_idle(self) -> None:
         if self._idle_exit is None:

@@ -24,6 +24,14 @@ class SocketBound(Request[Empty]):
     path: str
 
 
+@request("control.worker.drain", idempotent=True)
+class Drain(Request[Empty]):
+    """Worker -> supervisor: I accept no more and end with what I have begun; start another if one is needed.
+
+    FAILED_PRECONDITION if the process table does not let this kind.
+    """
+
+
 class Health(Body):
     requests: list[InFlight] = []
     doing: str = ""

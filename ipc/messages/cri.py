@@ -1,8 +1,9 @@
-"""Runs in: every process (types only). Owner: cri. Caller: ops (read only)."""
+"""Runs in: every process (types only). Owner: cri. Callers: ops (read only), and stream for its sessions."""
 
 from __future__ import annotations
 
 from . import Body, Request, request
+from .monitor import SessionOpened
 
 
 class PullState(Body):
@@ -40,3 +41,44 @@ class CriInfo(Body):
 @request("cri.info.get", reply=CriInfo, idempotent=True)
 class InfoGet(Request[CriInfo]):
     """Counts for /metrics and /info; never names of secrets, never more than numbers and references."""
+
+
+# -- sessions of stream -----------------------------------------------------------------------------------
+
+
+class Redeemed(Body):
+    """What a token was given for. `session` names it from now on; it is as secret as the token was."""
+
+    session: str
+    pod_id: str
+    pod_uid: str = ""  # for texts
+    container_id: str = ""  # "" for port-forward
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+    tty: bool = False
+    ports: list[int] = []  # of a port-forward over WebSocket
+
+
+@request("cri.token.redeem", reply=Redeemed, idempotent=False)
+class TokenRedeem(Request[Redeemed]):
+    """Use up a token. Nothing starts yet: the client has yet to open its streams.
+
+    NOT_FOUND if it is unknown, used, too old or for another kind.
+    """
+
+    token: str
+    kind: str  # "exec", "attach", "portforward"
+
+
+@request("cri.session.open", reply=SessionOpened, idempotent=False)
+class SessionOpen(Request[SessionOpened]):
+    """Start the exec, attach, or connect to a port of the pod (once for each connection that is forwarded).
+
+    The reply's descriptors are those of monitor.SessionOpened, or one that is named `socket`: connected, for
+    port-forward. NOT_FOUND if there is no such session. For port-forward a session is good as long as its
+    pod is ready, whatever happens to cri meanwhile.
+    """
+
+    session: str
+    port: int = 0

@@ -152,3 +152,52 @@ class ExecSync(Request[ExecDone]):
     process: bytes
     timeout_ms: int = 0
     limit: int = 16 * 1024 * 1024  # bytes kept of each stream
+
+
+class SessionOpened(Body):
+    """The reply's descriptors, named in their order. The receiver owns them and may make them non-blocking.
+
+    `stdin` takes what the client sends, `stdout` and `stderr` give what goes to it: pipes or sockets.
+    `terminal` is the master of a pty, or stands for one: its size is set there, and for what has no
+    descriptor of its own it is also stdin and stdout. `status` is the read end of a pipe into which the other
+    end's holder writes one SessionEnd (msgpack) when the session is over; when the receiver closes it, the
+    client is gone and an exec is to end.
+    """
+
+    fds: list[str]
+
+
+class SessionEnd(Body):
+    """What comes through the status pipe; end of file without it means that the monitor is gone."""
+
+    exit_code: int = 0  # of an exec; 128+n for signal n
+    error: str = ""  # it could not be started, or was ended: a sentence
+
+
+@request("monitor.exec.open", reply=SessionOpened, idempotent=False)
+class ExecOpen(Request[SessionOpened]):
+    """Run a process in the container with these streams, for as long as the reader of `status` stays.
+
+    With `tty` it has a pty (`terminal`), else a pipe for each stream that is asked for. A command that cannot
+    be started is told through `status`. FAILED_PRECONDITION if the container does not run.
+    """
+
+    process: bytes  # the OCI process object (JSON)
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+    tty: bool = False
+
+
+@request("monitor.attach.open", reply=SessionOpened, idempotent=False)
+class AttachOpen(Request[SessionOpened]):
+    """Join the container's own streams. Any number may; each gets what comes from now on.
+
+    A reader that does not keep up is let go with an error; nobody waits for it. A container with a terminal
+    answers `terminal`, others the streams that are asked for and exist. `stdin` closed by a client whose
+    container has stdin_once is closed for good. FAILED_PRECONDITION before `create` and after the end.
+    """
+
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False

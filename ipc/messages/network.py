@@ -83,3 +83,15 @@ class PodsListed(Body):
 @request("network.pod.list", reply=PodsListed, idempotent=True)
 class PodList(Request[PodsListed]):
     """Every pod that network still has a record or a namespace of; `cri` tears down what it does not know."""
+
+
+@request("network.port.connect", idempotent=True)
+class PortConnect(Request[Empty]):
+    """Connect to a TCP port of the pod's loopback, IPv4 then IPv6; the reply carries the connected socket.
+
+    A pod with host network has the node's loopback. NOT_FOUND without such a pod; UNAVAILABLE with the
+    kernel's word if nobody listens; DEADLINE_EXCEEDED if nobody answers.
+    """
+
+    pod_id: str
+    port: int

@@ -180,7 +180,8 @@ class SandboxReport(Body):
 class WorkerState(Body):
     kind: str  # as in the process table; "supervisor" and "monitor" too
     name: str  # kind, or "monitor <id>"
-    #: starting, ready, stopping, idle (on demand, none runs), backoff, failed; ended (monitors and inits)
+    #: starting, ready, stopping, idle (on demand, none runs), backoff, failed; draining (it accepts no more
+    #: and ends with its last session); ended (monitors and inits)
     state: str
     pid: int = 0
     started_at_ns: int = 0  # wall clock, for people

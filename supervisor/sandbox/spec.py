@@ -5,8 +5,8 @@ and `report` reads back what holds. This module only declares; it touches no ker
 
 Paths are templates over the `paths` mapping that `enter` is given, so that several instances with
 directories of their own share one table. Keys in use: `root`, `run_root`, `bind_directory`,
-`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`. A value may name several paths,
-separated by ":": the entry then stands for each. An empty value drops the entry.
+`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`, `stream_tls`. A value may name several
+paths, separated by ":": the entry then stands for each. An empty value drops the entry.
 
 The entries that the table is made of (see docs/sandbox.md for the reason of every line):
 
@@ -26,8 +26,8 @@ The entries that the table is made of (see docs/sandbox.md for the reason of eve
         rlimits=WORKER_LIMITS)
     STREAM = Sandbox(
         namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="stream", tcp={"bind"}, oom_score_adj=-500,
-        view=(*DEVICES, Bind("{run_root}/ipc/cri.sock"), Bind("{run_root}/ipc/log.sock", optional=True)),
-        rlimits={**WORKER_LIMITS, "NOFILE": 16384})
+        view=(*DEVICES, Bind("{run_root}/ipc"), Bind("{stream_tls}", optional=True)),
+        rlimits={**WORKER_LIMITS, "NOFILE": 16384}, parent_death_signal=False)
     OPS = Sandbox(
         namespaces={"net", "mnt", "ipc", "uts"}, seccomp="ops", oom_score_adj=0,
         view=(*DEVICES, Bind("{run_root}/ipc/cri.sock"), Bind("{run_root}/ipc/supervisor.sock"),

@@ -83,13 +83,9 @@ def test_every_code_has_a_grpc_status() -> None:
     assert set(GRPC_STATUS) == set(Code)
 
 
-#: What stream asks of cri stands beside stream's own messages: both sides of a session on one page.
-BESIDE = {"cri.token.redeem": "stream", "cri.session.open": "stream"}
-
-
 def test_every_message_stands_with_its_owner_and_has_a_reply() -> None:
     for name, cls in REGISTRY.items():
-        assert cls.__module__ == f"ipc.messages.{BESIDE.get(name, name.split('.')[0])}"
+        assert cls.__module__ == f"ipc.messages.{name.split('.')[0]}"
         msgspec.msgpack.Decoder(cls.REPLY)
 
 

@@ -66,6 +66,8 @@ RESOLVED = image.Resolved(
 )
 
 PID = 4242
+#: Requests that are answered with descriptors or with progress.
+WANT_CALL = (storage.LayerBegin, image.BlobFetch, monitor.ExecOpen, monitor.AttachOpen, network.PortConnect)
 
 Fault = RemoteError | Callable[[Any], Awaitable[Any]]
 
@@ -97,6 +99,8 @@ class MonitorModel:
             monitor.Update: self.update,
             monitor.LogReopen: self.reopen,
             monitor.ExecSync: self.exec_sync,
+            monitor.ExecOpen: self.exec_open,
+            monitor.AttachOpen: self.attach_open,
         }
         self.server = world.serve(str(self.directory / "ctl.sock"), rows)
 
@@ -158,6 +162,12 @@ class MonitorModel:
             return monitor.ExecDone(exit_code=-1, timed_out=True)
         return monitor.ExecDone(exit_code=3, stdout=" ".join(process["args"]).encode(), stderr=b"e")
 
+    async def exec_open(self, call: aio.Call, body: monitor.ExecOpen) -> monitor.SessionOpened:
+        return _piped(call, " ".join(msgspec.json.decode(body.process)["args"]))
+
+    async def attach_open(self, call: aio.Call, _body: monitor.AttachOpen) -> monitor.SessionOpened:
+        return _piped(call, "attached")
+
     def end(self, code: int, *, oom: bool = False) -> None:
         """The container ends: the record is written, then everybody is told, then the monitor exits."""
         if self.exit is None:
@@ -182,6 +192,15 @@ class MonitorModel:
     @property
     def alive(self) -> bool:
         return not self.server.is_shut
+
+
+def _piped(call: aio.Call, text: str) -> monitor.SessionOpened:
+    """A session with one output, which says what it was made for."""
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, text.encode())
+    os.close(write_fd)
+    call.reply_fds.append(read_fd)
+    return monitor.SessionOpened(fds=["stdout"])
 
 
 class Listening:
@@ -262,7 +281,7 @@ class World:
                 if isinstance(fault, RemoteError):
                     raise fault
                 await fault(call)
-            wants_call = isinstance(body, storage.LayerBegin | image.BlobFetch)
+            wants_call = isinstance(body, WANT_CALL)
             answer: Body = await (function(call, body) if wants_call else function(body))
             return answer
 
@@ -407,7 +426,12 @@ class World:
                 return network.NetworkState(ready=True)
             return network.NetworkState(ready=False, reason="NetworkPluginNotReady", message="no conf list")
 
+        async def connect(call: aio.Call, body: network.PortConnect) -> Empty:
+            _piped(call, f"{body.pod_id}:{body.port}")
+            return Empty()
+
         return {
+            network.PortConnect: connect,
             network.PodSetup: setup,
             network.PodTeardown: teardown,
             network.PodList: pods,
@@ -557,6 +581,7 @@ class Worker:
         await self.front.start(self.path)
         await self.recovery.load()
         self.front.open()
+        self.service.streaming.open_sessions()
         self.recovery.run()
         return self
 

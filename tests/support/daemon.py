@@ -38,6 +38,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 SUBNET = "10.214.0.0/16"
 NETWORK = "bulkhead-test"
 START_SECONDS = 30.0
+OUTLIVING = ("supervisor", "monitor", "init", "stream")  # the last one if it has sessions
 T = TypeVar("T")
 
 
@@ -153,9 +154,7 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL the supervisor; wait for its end and for that of its workers."""
-        workers = [
-            worker.pid for worker in self.workers() if worker.pid and worker.kind not in ("monitor", "init")
-        ]
+        workers = [worker.pid for worker in self.workers() if worker.pid and worker.kind not in OUTLIVING]
         self._end(signal.SIGKILL)
         wait_for(lambda: not any(alive(pid) for pid in workers), "workers end with their supervisor")
 

@@ -30,15 +30,9 @@ from ipc.errors import Code, RemoteError
 from ipc.log import Log
 from ipc.loop import Loop
 from ipc.messages import Empty, control
-from ipc.messages.stream import (
-    InfoGet,
-    Redeemed,
-    SessionEnd,
-    SessionOpen,
-    SessionOpened,
-    StreamInfo,
-    TokenRedeem,
-)
+from ipc.messages.cri import Redeemed, SessionOpen, TokenRedeem
+from ipc.messages.monitor import SessionEnd, SessionOpened
+from ipc.messages.stream import InfoGet, StreamInfo
 from ipc.messages.supervisor import SandboxReport
 from ipc.serve import Call, Connection, Server
 from ipc.settings import StreamSettings

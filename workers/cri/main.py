@@ -18,7 +18,7 @@ import msgspec
 
 from ipc import aio
 from ipc.messages import control
-from ipc.messages.cri import InfoGet
+from ipc.messages.cri import InfoGet, SessionOpen, TokenRedeem
 from ipc.release import version
 from ipc.settings import CriSettings
 from ipc.table import Handler, Handlers, table
@@ -57,6 +57,9 @@ def runtime_service(service: Service) -> dict[str, RpcHandler]:
         "UpdateContainerResources": service.update_container_resources,
         "UpdatePodSandboxResources": service.update_pod_sandbox_resources,
         "ExecSync": service.exec_sync,
+        "Exec": service.exec,
+        "Attach": service.attach,
+        "PortForward": service.port_forward,
     }
 
 
@@ -73,7 +76,11 @@ def image_service(service: Service) -> dict[str, RpcHandler]:
 
 def handlers(service: Service) -> Handlers:
     """Messages of other processes."""
-    return table(Handler(InfoGet, service.info, callers={"ops", "root"}))
+    return table(
+        Handler(InfoGet, service.info, callers={"ops", "root"}),
+        Handler(TokenRedeem, service.streaming.redeem, callers={"stream"}),
+        Handler(SessionOpen, service.streaming.open, callers={"stream"}),
+    )
 
 
 #: A stream beside the CRI, for bulkheadctl's progress bar.
@@ -170,6 +177,7 @@ class Worker:
         recovery = Recovery(service.node, service.pods, service.containers, service.watcher)
         await recovery.load()
         front.open()
+        service.streaming.open_sessions()
         recovery.run()
 
     def _bind_path(self) -> str:

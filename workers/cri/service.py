@@ -31,6 +31,7 @@ from workers.cri.sandbox import Sandboxes
 from workers.cri.server import Rpc
 from workers.cri.spec import exec_process
 from workers.cri.state import HIDDEN
+from workers.cri.streaming import Streaming
 from workers.cri.updates import Updates
 from workers.cri.watch import Watcher
 
@@ -54,6 +55,7 @@ class Service:
         sandboxes = Sandboxes(self.containers, self.images, self.pulls)
         self.pods = Pods(node, self.containers.kill, self.containers.remove_whole, sandboxes)
         self.updates = Updates(node, self.containers, self.pods)
+        self.streaming = Streaming(node, self.containers, self.pods)
         self._version = version
 
     # -- the runtime ----------------------------------------------------------------------------------
@@ -182,6 +184,17 @@ class Service:
         if done.timed_out:
             raise RemoteError(Code.DEADLINE_EXCEEDED, f"command timed out after {seconds} s")
         return pb.ExecSyncResponse(stdout=done.stdout, stderr=done.stderr, exit_code=done.exit_code)
+
+    # -- streams --------------------------------------------------------------------------------------
+
+    async def exec(self, _rpc: Rpc, request: pb.ExecRequest) -> pb.ExecResponse:
+        return pb.ExecResponse(url=self.streaming.exec(request))
+
+    async def attach(self, _rpc: Rpc, request: pb.AttachRequest) -> pb.AttachResponse:
+        return pb.AttachResponse(url=self.streaming.attach(request))
+
+    async def port_forward(self, _rpc: Rpc, request: pb.PortForwardRequest) -> pb.PortForwardResponse:
+        return pb.PortForwardResponse(url=self.streaming.port_forward(request))
 
     # -- images ---------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from workers import boot
 from workers.jobs import Jobs
 from workers.network.children import Children
 from workers.network.confdir import ConfDir, Selection
+from workers.network.dialling import Dialling
 from workers.network.operations import Places
 from workers.network.pods import Pods
 from workers.network.status import Status
@@ -78,11 +79,12 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
     def reload(settings: bytes) -> None:
         state.use(msgspec.msgpack.decode(settings, type=NetworkSettings))
 
-    boot.serve(context, loop, handlers(pods, status), on_reload=reload, doing=pods.doing)
+    dialling = Dialling(jobs, state.current_places)
+    boot.serve(context, loop, handlers(pods, status, dialling), on_reload=reload, doing=pods.doing)
     jobs.kill_all()
 
 
-def handlers(pods: Pods, status: Status) -> Handlers:
+def handlers(pods: Pods, status: Status, dialling: Dialling) -> Handlers:
     """The worker's API: who may ask what of whom."""
     cri = frozenset({"cri"})
     readers = frozenset({"cri", "root"})
@@ -92,4 +94,5 @@ def handlers(pods: Pods, status: Status) -> Handlers:
         Handler(network.PodCheck, pods.check, callers=readers),
         Handler(network.PodList, pods.list, callers=readers),
         Handler(network.StatusGet, status.get, callers=readers),
+        Handler(network.PortConnect, dialling.connect, callers=cri),
     )

@@ -9,6 +9,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from ipc.aio import Call
 from ipc.messages import stream
 from ipc.settings import StreamSettings
@@ -26,7 +28,7 @@ def prepare(context: boot.Context[StreamSettings]) -> Certificates:
 
 
 def run(context: boot.Context[StreamSettings], certificates: Certificates) -> None:
-    """Inside the sandbox: serve until told to stop, or there is no session and nobody asks any more."""
+    """Inside the sandbox: serve until told to stop and every session has ended, or nobody asks any more."""
     asyncio.run(_serve(context, certificates))
 
 
@@ -39,8 +41,15 @@ async def _serve(context: boot.Context[StreamSettings], certificates: Certificat
 
     handlers = table(Handler(stream.InfoGet, info_get, {ROOT}))
     service = boot_aio.AioService(
-        context, handlers, on_stop=server.close, busy=server.busy, idle_exit=context.settings.idle_exit
+        context,
+        handlers,
+        on_stop=server.close,
+        on_reload=lambda settings: _reload(context, service, settings),
+        busy=server.busy,
+        idle_exit=context.settings.idle_exit,
+        drain=server,
     )
+    server.on_outdated = service.stop
     server.failed.add_done_callback(lambda _failed: service.stop())
     asyncio.get_running_loop().set_exception_handler(_Bugs(server))
     await service.start()
@@ -49,6 +58,13 @@ async def _serve(context: boot.Context[StreamSettings], certificates: Certificat
     await service.wait()
     if server.failed.done():
         server.failed.result()
+
+
+def _reload(context: boot.Context[StreamSettings], service: boot_aio.AioService, settings: bytes) -> None:
+    """With other settings the next connection is for another worker; sessions here keep theirs."""
+    new = msgspec.msgpack.decode(settings, type=StreamSettings)
+    if msgspec.structs.replace(new, log_level=context.settings.log_level) != context.settings:
+        service.stop()
 
 
 class _Bugs:

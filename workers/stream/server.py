@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -18,7 +19,9 @@ from ipc import aio
 from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet
 from ipc.log import Log
-from ipc.messages.stream import Redeemed, SessionOpen, SessionOpened, SessionState, TokenRedeem
+from ipc.messages.cri import Redeemed, SessionOpen, TokenRedeem
+from ipc.messages.monitor import SessionOpened
+from ipc.messages.stream import SessionState
 from ipc.settings import StreamSettings
 from workers.stream import sessions, upgrade
 from workers.stream.sessions import Terms
@@ -71,6 +74,8 @@ class StreamServer:
 
     def __init__(self, settings: StreamSettings, log: Log, certificates: Certificates) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        #: Told when another worker is needed: there are newer certificates, which this one cannot read.
+        self.on_outdated: Callable[[], object] = lambda: None
         self._settings = settings
         self._log = log
         self._certificates = certificates
@@ -91,9 +96,22 @@ class StreamServer:
         self._listener = listener
         self._accept_on()
 
+    def begin(self) -> bool:
+        """Accept no more and let go of the listener; True if there are clients."""
+        self._accept_off()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        return bool(self._tasks)
+
+    async def wait(self) -> None:
+        """Return when the last client has gone. Raises the first bug of a session."""
+        while self._tasks and not self.failed.done():
+            await asyncio.wait({*self._tasks, self.failed}, return_when=asyncio.FIRST_COMPLETED)
+
     async def close(self) -> None:
         """Accept no more; end every session."""
-        self._accept_off()
+        self.begin()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -129,6 +147,10 @@ class StreamServer:
 
     def _accept(self) -> None:
         assert self._listener is not None
+        if self._certificates.outdated():
+            self._accept_off()  # who comes now waits for the next worker
+            self.on_outdated()
+            return
         for _ in range(ACCEPTS):
             if len(self._tasks) >= self._settings.max_connections:
                 self._accept_off()  # the rest waits in the kernel's queue, until somebody leaves

@@ -21,7 +21,8 @@ import msgspec
 
 from ipc.errors import RemoteError
 from ipc.fds import FdSet
-from ipc.messages.stream import Redeemed, SessionEnd, SessionOpened
+from ipc.messages.cri import Redeemed
+from ipc.messages.monitor import SessionEnd, SessionOpened
 from ipc.settings import StreamSettings
 from workers.stream import clients, portforward, remotecommand
 from workers.stream.descriptors import Sink, Source

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
+from collections.abc import Callable
 
 from ipc.log import Log
 from ipc.settings import StreamSettings
 
+SETTLE = 1.0  # seconds in which files that were seen to change may change again
+BLIND_AGE = 300.0
+Seen = list[tuple[int, int, int]]
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
 class Certificates:
     """Makes the context for a connection; None without TLS."""
 
-    def __init__(self, settings: StreamSettings, log: Log) -> None:
+    def __init__(
+        self, settings: StreamSettings, log: Log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._settings = settings
         self._log = log
-        self._seen: list[tuple[int, int, int]] | None = None
+        self._clock = clock
+        self._loaded: Seen | None = None  # what the context is made of
+        self._other: Seen | None = None  # what is there instead, since when
+        self._since = clock()
         self._context: ssl.SSLContext | None = None
         self._trouble = ""
 
@@ -29,15 +39,40 @@ class Certificates:
         if not self._settings.tls_cert:
             return None
         try:
-            seen = [_identity(path) for path in self._paths()]
-            if seen != self._seen:
-                self._context, self._seen = self._load(), seen
+            seen = self._see()
+            if seen != self._loaded:
+                self._context, self._loaded = self._load(), seen
             self._trouble = ""
         except OSError as error:  # half replaced, or out of the sandbox's sight: the old ones still hold
             if self._context is None:
                 raise
             self._warn(str(error))
         return self._context
+
+    def outdated(self) -> bool:
+        """True when a worker that starts now, as root, would have newer certificates than this one.
+
+        Files that are only just being replaced are given a moment. Where the files cannot be seen, the
+        certificates count as old after a while.
+        """
+        if not self._settings.tls_cert or self._context is None:
+            return False
+        now = self._clock()
+        try:
+            seen = self._see()
+        except OSError:
+            return now - self._since > BLIND_AGE
+        if seen == self._loaded:
+            return False
+        if seen != self._other:
+            self._other, self._since = seen, now
+        return now - self._since >= SETTLE and not self._readable()
+
+    def _readable(self) -> bool:
+        return all(os.access(path, os.R_OK) for path in self._paths())
+
+    def _see(self) -> Seen:
+        return [_identity(path) for path in self._paths()]
 
     def _warn(self, trouble: str) -> None:
         if trouble != self._trouble:

@@ -376,3 +376,45 @@ def test_only_cri_may_change_pods(here: Node, client: CriClient) -> None:
         with pytest.raises(RemoteError) as failure:
             root.call(pod_setup())
     assert failure.value.code is Code.PERMISSION_DENIED
+
+
+def connected(client: CriClient, pod_id: str, port: int) -> socket.socket:
+    _answer, fds = client.call_fds(network.PortConnect(pod_id=pod_id, port=port))
+    with fds:
+        return socket.socket(fileno=fds.take())
+
+
+def heard(sock: socket.socket) -> bytes:
+    with sock:
+        sock.setblocking(True)
+        sock.settimeout(10)
+        return sock.recv(100)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_port_of_a_pods_loopback_is_reached_by_either_family(
+    here: Node, client: CriClient, family: int
+) -> None:
+    here.bridge_conf()
+    pod = client.call(pod_setup())
+    with here.listening(pod, 7000, family=family):
+        assert heard(connected(client, "pod0", 7000)) == b"hello from the pod"
+    for pod_id, port, code in (
+        ("pod0", 7001, Code.UNAVAILABLE),
+        ("pod0", 0, Code.INVALID_ARGUMENT),
+        ("pod1", 7000, Code.NOT_FOUND),
+    ):
+        with pytest.raises(RemoteError) as refused:
+            connected(client, pod_id, port)
+        assert refused.value.code is code
+    with pytest.raises(RemoteError, match=r"127\.0\.0\.1 port 7001: connection refused"):
+        connected(client, "pod0", 7001)
+    teardown(client)
+
+
+def test_a_pod_with_host_network_has_the_nodes_ports(here: Node, client: CriClient) -> None:
+    client.call(pod_setup(namespaces=["ipc", "uts"], hostname=""))
+    node_itself = network.PodNetwork(ips=[], namespaces={"net": str(here.netns)})
+    with here.listening(node_itself, 7002):
+        assert heard(connected(client, "pod0", 7002)) == b"hello from the pod"
+    teardown(client)

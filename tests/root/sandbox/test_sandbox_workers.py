@@ -364,7 +364,7 @@ def test_entering_takes_less_than_30_ms(kind: str, host: Host) -> None:
 def test_a_missing_bind_is_an_error_and_not_a_hole(host: Host) -> None:
     (host.run_root / "ipc" / "cri.sock").unlink()
     with pytest.raises(AssertionError, match="FileNotFoundError"):
-        inside("stream", lambda: None, host)
+        inside("ops", lambda: None, host)
 
 
 def test_a_second_thread_is_refused(host: Host) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages.stream import Redeemed
+from ipc.messages.cri import Redeemed
 from tests.support import sandboxed, stream_worker
 from tests.support.certificates import certificate
 from tests.support.sandboxed import Host

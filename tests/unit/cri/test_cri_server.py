@@ -21,7 +21,7 @@ from workers.cri.server import status_of, subject_of
 
 Scenario = Callable[[World, Worker], Coroutine[Any, Any, None]]
 NOT_YET = {
-    "Exec", "Attach", "PortForward", "UpdateContainerResources", "ContainerStats", "ListContainerStats",
+    "UpdateContainerResources", "ContainerStats", "ListContainerStats",
     "PodSandboxStats", "ListPodSandboxStats", "CheckpointContainer", "CheckpointPod", "RestorePod",
     "ListMetricDescriptors", "ListPodSandboxMetrics", "UpdatePodSandboxResources",
 }  # fmt: skip

@@ -20,9 +20,9 @@ MESSAGES = api_pb2.DESCRIPTOR.message_types_by_name
 WORDS = {"honoured", "refused", "answered", "nothing", "later"}
 #: RPCs whose messages are not of pods, containers or images; the page says so.
 ELSEWHERE = {
-    "Attach", "CheckpointContainer", "CheckpointPod", "ContainerStats", "Exec", "GetContainerEvents",
+    "CheckpointContainer", "CheckpointPod", "ContainerStats", "GetContainerEvents",
     "ListContainerStats", "ListMetricDescriptors", "ListPodSandboxMetrics", "ListPodSandboxStats",
-    "PodSandboxStats", "PortForward", "RestorePod", "StreamContainerStats", "StreamPodSandboxMetrics",
+    "PodSandboxStats", "RestorePod", "StreamContainerStats", "StreamPodSandboxMetrics",
     "StreamPodSandboxStats",
 }  # fmt: skip
 

@@ -207,13 +207,6 @@ def test_users_default_to_fixed_uids_and_must_differ() -> None:
         identities(UsersConfig(cri="root"), TABLE)
 
 
-#: What the server of stream takes; their keys come with the RPCs that hand out tokens.
-UNWIRED_STREAM = {
-    *("address", "port", "tls_cert", "tls_key", "tls_client_ca", "tls_min_version", "tls_ciphers"),
-    *("head_timeout", "creation_timeout", "idle_timeout", "stall_timeout", "max_connections", "max_streams"),
-}
-
-
 def test_every_setting_of_every_worker_follows_the_configuration(tmp_path: Path) -> None:
     """A field that no key can change would be a setting that cannot be set."""
     one = Config().resolved()
@@ -229,10 +222,9 @@ def test_every_setting_of_every_worker_follows_the_configuration(tmp_path: Path)
     for kind in ("cri", "image", "storage", "network", "monitor", "stream", "ops"):
         before, after = first.of(kind), second.of(kind)
         assert isinstance(before, settings.Common)
-        unwired = UNWIRED_STREAM if kind == "stream" else set()
         for name in before.__struct_fields__:
             follows = getattr(before, name) != getattr(after, name)
-            assert follows != (name in unwired), f"{kind}: {name} cannot be configured"
+            assert follows, f"{kind}: {name} cannot be configured"
 
 
 def _different(value: Any) -> Any:

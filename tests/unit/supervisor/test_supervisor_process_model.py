@@ -62,9 +62,10 @@ def test_every_worker_has_a_sandbox_limits_and_a_user_it_needs(entry: Entry) -> 
     assert entry.on_demand == (entry.minimum == 0)
 
 
-def test_only_monitors_and_inits_outlive_the_supervisor() -> None:
+def test_only_monitors_inits_and_sessions_outlive_the_supervisor() -> None:
     assert {entry.kind for entry in TABLE.values() if entry.restart is Restart.NEVER} == {"monitor", "init"}
-    assert all(entry.sandbox and entry.sandbox.parent_death_signal for entry in WORKERS)
+    assert [entry.kind for entry in WORKERS if entry.drains] == ["stream"]
+    assert all(entry.sandbox and entry.sandbox.parent_death_signal != entry.drains for entry in WORKERS)
 
 
 def test_whoever_may_ask_the_supervisor_may_connect_to_it() -> None:
