@@ -234,13 +234,14 @@ def write_cdi(kubelet: Kubelet, name: str = "v.json", directory: str = "cdi", **
     }
     made: dict[str, Any] = {"cdiVersion": "0.7.0", "kind": "vendor.com/thing", "devices": [device]}
     made["containerEdits"] = {"env": ["CDI_FILE=1", "CDI=no"]}
+    # JSON is YAML too: what reads it goes by the name
     (kubelet.node.root / directory / name).write_text(json.dumps(made | fields))
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("by", ["field", "annotation"])
 def test_a_cdi_device_changes_the_container(kubelet: Kubelet, handler: str, by: str) -> None:
-    write_cdi(kubelet)
+    write_cdi(kubelet, "v.json" if by == "field" else "v.yaml")
     asked: dict[str, Any] = (
         {"CDI_devices": [pb.CDIDevice(name="vendor.com/thing=zero")]}
         if by == "field"
@@ -260,13 +261,13 @@ def test_a_cdi_device_changes_the_container(kubelet: Kubelet, handler: str, by: 
 
 def test_a_cdi_device_that_nobody_describes_is_refused_with_what_was_skipped(kubelet: Kubelet) -> None:
     write_cdi(kubelet, kind="other.com/thing")
-    (kubelet.node.root / "cdi" / "vendor.yaml").write_text("cdiVersion: 0.6.0\n")
+    (kubelet.node.root / "cdi" / "vendor.yaml").write_text("a: &a [1]\nb: *a\n")
     device = pb.CDIDevice(name="vendor.com/thing=zero")
     error = refusal(lambda: kubelet.running("", CDI_devices=[device]))
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "vendor.com/thing=zero" in error.details()
     assert "vendor.yaml" in error.details()
-    assert "YAML" in kubelet.node.log_tail(200)
+    assert "it has an alias" in kubelet.node.log_tail(200)
 
 
 def test_a_later_cdi_directory_overrides_and_a_double_is_refused(kubelet: Kubelet) -> None:

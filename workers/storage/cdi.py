@@ -5,8 +5,8 @@ of them changes of a container (SPEC.md of cncf-tags/container-device-interface,
 
 Files are read when a container asks for a device, so what stands there is what counts, and no other container
 pays for it. A directory named later overrides one named earlier; two files of one directory that describe the
-same device make it ambiguous. Refuses YAML, unknown fields (a part that is not understood is not applied by
-halves) and other versions: such a file is skipped with a line in the log, and named when a device is missing.
+same device make it ambiguous. Refuses unknown fields (a part that is not understood is not applied by halves)
+and other versions: such a file is skipped with a line in the log, and named when a device is missing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ipc import log
 from ipc.errors import invalid, precondition
 from ipc.messages.storage import CdiEdits, CdiMount, CdiNode, Hook
 
+from . import yamlfiles
 from .hookfiles import STAGES, checked_hook
 from .mounts import Progress
 from .textfiles import read_file
@@ -194,9 +195,10 @@ def _files(directory: str, registry: Registry, progress: Progress) -> Iterator[t
 
 def _read(path: str) -> _File:
     """One file. Raises OSError, ValueError."""
-    if not path.endswith(".json"):
-        raise ValueError("it is YAML; Bulkhead reads specifications in JSON")
-    file = _DECODER.decode(read_file(path, MAX_FILE))
+    if path.endswith(".json"):
+        file = _DECODER.decode(read_file(path, MAX_FILE))
+    else:
+        file = msgspec.convert(yamlfiles.parse(read_file(path, yamlfiles.MAX_YAML)), type=_File)
     if file.cdi_version not in VERSIONS:
         raise ValueError(f"its version {file.cdi_version!r} is none of {', '.join(sorted(VERSIONS))}")
     if not _KIND.fullmatch(file.kind):

@@ -22,7 +22,7 @@ LIBRARIES: dict[str, set[str]] = {
     "supervisor.cli": {"msgspec", "psutil", "grpc", "google", "rich", "daemon"},
     "workers.cri": {"msgspec", "grpc", "google"},
     "workers.image": {"msgspec", "urllib3"},
-    "workers.storage": {"msgspec", "setproctitle", "zstandard"},
+    "workers.storage": {"msgspec", "setproctitle", "zstandard", "yaml"},
     "workers.network": {"msgspec"},
     "workers.monitor": {"msgspec"},
     "workers.stream": {"msgspec", "h11", "wsproto"},

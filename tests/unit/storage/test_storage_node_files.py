@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from ipc.errors import Code, RemoteError
 from ipc.messages.storage import HookFacts
-from workers.storage import cdi, hookfiles
+from workers.storage import cdi, hookfiles, yamlfiles
 from workers.storage.mounts import Progress
 
 NAME = "vendor.com/gpu=one"
@@ -229,15 +230,70 @@ def test_specification_that_is_not_understood_is_skipped_and_named(
     assert str(path) in refused.value.text
 
 
-def test_yaml_a_fifo_and_a_giant_are_skipped(tmp_path: Path, progress: Progress) -> None:
+def test_a_fifo_and_giants_are_skipped(tmp_path: Path, progress: Progress) -> None:
     cdi_file(tmp_path)
-    (tmp_path / "a.yaml").write_text("cdiVersion: 0.6.0")
     os.mkfifo(tmp_path / "b.json")
-    with (tmp_path / "c.json").open("wb") as file:
-        file.truncate(cdi.MAX_FILE + 1)
+    for name, limit in (("a.yaml", yamlfiles.MAX_YAML), ("c.json", cdi.MAX_FILE)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(limit + 1)
     registry = cdi.read([str(tmp_path)], progress)
     assert set(registry.devices) == {NAME}
     assert [Path(path).name for path in registry.skipped] == ["a.yaml", "b.json", "c.json"]
+
+
+def test_a_specification_in_yaml_is_what_it_would_be_in_json(tmp_path: Path, progress: Progress) -> None:
+    (tmp_path / "gpu.yml").write_text(
+        """---
+cdiVersion: "0.6.0"
+kind: vendor.com/gpu
+# as vendors' tools write it
+containerEdits: {env: [DRIVER=yes]}
+devices:
+- name: "0"
+  containerEdits:
+    deviceNodes:
+    - path: /dev/x
+      hostPath: /dev/null
+      fileMode: 0660
+    hooks:
+    - hookName: createContainer
+      path: /bin/true
+      args:
+      - true-ish
+      - |
+        two
+        lines
+"""
+    )
+    edits, hooks = cdi.resolve(["vendor.com/gpu=0"], [str(tmp_path)], progress)
+    assert edits.env == ["DRIVER=yes"]
+    assert [(node.path, node.minor, node.mode) for node in edits.nodes] == [("/dev/x", 3, 0o660)]
+    assert hooks["createContainer"][0].args == ["true-ish", "two\nlines\n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a: &x [1]\nb: *x\n", "alias"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
+        ("!!python/object/apply:os.system ['true']", "tag"),
+        ("a: !!binary aGk=", "tag"),
+        ("[" * 100_000, "levels deep"),
+        ("a: 1\n---\nb: 2\n", "more than one document"),
+        ("a: [1, 2", "while parsing"),
+        ("a: \x01", "special characters|control characters|not allowed"),
+        ("a: 2024-13-45", "month"),
+        ("", "Expected `object`"),
+        ("1: 2", "Expected `str`|missing required"),
+        ("cdiVersion: 0.6\nkind: v.c/d\ndevices: []", "Expected `str`"),
+    ],
+)
+def test_yaml_that_is_more_than_data_is_skipped(
+    tmp_path: Path, progress: Progress, text: str, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert cdi.read([str(tmp_path)], progress).skipped == [str(tmp_path / "bad.yaml")]
+    assert re.search(why, capfd.readouterr().err)
 
 
 @pytest.mark.parametrize(
