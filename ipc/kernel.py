@@ -55,6 +55,13 @@ def syscall(number: int, *arguments: int | bytes | ctypes.Array[ctypes.c_char] |
     return _check(int(_libc.syscall(ctypes.c_long(number), *converted)), what or f"system call {number}")
 
 
+def trim_heap() -> None:
+    """malloc_trim(3): free memory of the heap goes back. C libraries other than glibc do so by themselves."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
     """mount(2). Raises OSError naming source, type and target."""
     result = _libc.mount(

@@ -22,6 +22,7 @@ import msgspec
 from ipc import log
 from ipc.channel import Peer
 from ipc.errors import RemoteError
+from ipc.heap import Heap
 from ipc.log import LEVELS, Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty, control
@@ -92,6 +93,7 @@ class Service:
         self._on_reload = on_reload
         self._on_stop = on_stop
         self._doing = doing or (lambda: "")
+        self._heap = Heap()
         self._stopping = False
 
     def run(self) -> None:
@@ -116,6 +118,7 @@ class Service:
             self.server.listen(self._context.listener)
 
     def _ping(self, _call: Call, _body: control.Ping) -> control.Health:
+        self._loop.call_soon(self._heap.settle)
         return control.Health(requests=self.server.in_flight(), doing=self._doing())
 
     def _told_to_stop(self, _call: Call, body: control.Stop) -> Empty:

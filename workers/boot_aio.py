@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ipc import aio
 from ipc.errors import RemoteError
 from ipc.fds import FdSet
+from ipc.heap import Heap
 from ipc.messages import Empty, control
 from ipc.table import Handler
 from workers.boot import HELLO_TIMEOUT, SUPERVISOR, Context, control_table, take_common
@@ -58,6 +59,7 @@ class AioService:
         self._idle_exit = idle_exit
         self._grace = 5.0
         self._drain = drain
+        self._heap = Heap()
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
         self._control: aio.Connection | None = None
@@ -136,6 +138,7 @@ class AioService:
 
     async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
         counters = {"served": self.server.served}  # the supervisor recycles by it
+        asyncio.get_running_loop().call_soon(self._heap.settle)
         return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
 
     async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
