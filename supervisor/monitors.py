@@ -1,7 +1,8 @@
 """Runs in: the supervisor.
 
-Forks the monitor of a container and forgets it: from then on it belongs to nobody. Directory, lock and
-listening socket are made before the fork, so that whoever asked may connect as soon as he has the answer.
+Has the monitor of a container forked (supervisor/nursery.py) and forgets it: from then on it belongs to
+nobody. Directory, lock and listening socket are made before the fork, so that whoever asked may connect as
+soon as he has the answer.
 It owns `<run_root>/monitors/`, but for what a monitor writes into its own directory.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from ipc import channel
 from ipc.errors import precondition
@@ -20,9 +22,11 @@ from ipc.messages.supervisor import MonitorState
 from ipc.settings import MonitorSettings
 from supervisor import held, spawn
 from supervisor.files import remove_tree
+from supervisor.nursery import Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
 from supervisor.tally import Tally, describe
+from supervisor.title import set_title
 from supervisor.worker import Ground
 
 SHORT_ID = 12
@@ -45,6 +49,9 @@ class Monitors:
         self._cri = cri
         self._tally = tally
         self._root = f"{settings().run_root}/monitors"
+        self._module = importlib.import_module(entry.module)  # preloaded
+        self._nursery_settings: MonitorSettings | None = None
+        self._nursery = Nursery(ground, self._module.prepare_process, self._birth)
 
     def start(self, container_id: str, pod_id: str) -> int:
         """Return the pid of the container's monitor, forked now if none lives.
@@ -72,16 +79,18 @@ class Monitors:
 
     def _fork(self, container_id: str, pod_id: str, directory: str, lock_fd: int) -> int:
         with channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid) as listener:
-            job = self._job(container_id, pod_id, directory, lock_fd, listener)
-            child = spawn.fork(job)
+            settings = self._settings()
+            if settings != self._nursery_settings:  # a reload changed them
+                self._nursery.close()
+                self._nursery_settings = settings
+            pid = self._nursery.fork([container_id, pod_id, directory], [lock_fd, listener.fileno()])
         started = self._ground.loop.time()
-        self._ground.reaper.watch(child.pid, lambda code: self._ended(container_id, child.pid, started, code))
-        held.write_holder(lock_fd, child.pid)
-        child.open_gate()
+        self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
+        held.write_holder(lock_fd, pid)
         # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins.
-        self._ground.loop.call_soon(lambda: self._place(child.pid))
-        self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=child.pid)
-        return child.pid
+        self._ground.loop.call_soon(lambda: self._place(pid))
+        self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=pid)
+        return pid
 
     def _place(self, pid: int) -> None:
         """Put a monitor into the monitors' group, if it lives."""
@@ -89,34 +98,28 @@ class Monitors:
             self._ground.groups.make(self._ground.groups.monitors)
             self._ground.groups.enter(self._ground.groups.monitors, pid)
 
-    def _job(
-        self, container_id: str, pod_id: str, directory: str, lock_fd: int, listener: socket.socket
-    ) -> spawn.Job:
-        settings = self._settings()
+    def _birth(self, ground: Any, words: Sequence[str], fds: Sequence[int]) -> None:
+        """A monitor's life, in the child. What is imported was loaded before."""
+        container_id, pod_id, directory = words
+        lock_fd, listener_fd = fds
+        set_title(f"bulkhead: monitor {container_id[:SHORT_ID]}")
+        self._module.run(
+            partial(self._context, container_id),
+            container_id=container_id,
+            pod_id=pod_id,
+            directory=directory,
+            lock_fd=lock_fd,
+            listener_fd=listener_fd,
+            ground=ground,
+        )
+
+    def _context(self, container_id: str) -> spawn.WorkerContext:
+        settings = self._nursery_settings
+        assert settings is not None
         log = Log(
             f"monitor {container_id[:SHORT_ID]}", sink=self._ground.log_socket, level=settings.log_level
         )
-        context = spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log)
-
-        run = importlib.import_module(self._entry.module).run  # loaded already
-
-        def work() -> None:
-            run(
-                context,
-                container_id=container_id,
-                pod_id=pod_id,
-                directory=directory,
-                lock_fd=lock_fd,
-                listener=listener,
-            )
-
-        return spawn.Job(
-            title=f"bulkhead: monitor {container_id[:SHORT_ID]}",
-            work=work,
-            log=log,
-            keep=[lock_fd, listener.fileno()],
-            dies_with_parent=False,  # it lives exactly as long as its container
-        )
+        return spawn.WorkerContext(kind=self._entry.kind, settings=settings, log=log)
 
     def _ended(self, container_id: str, pid: int, started: float, code: int) -> None:
         self._ground.sink.forget(pid)
@@ -137,10 +140,12 @@ class Monitors:
             raise precondition(f"the monitor of container {container_id} lives")
         remove_tree(directory)
 
-    def states(self) -> list[MonitorState]:
-        """Every directory, and whether its lock is held."""
+    def states(self, container_id: str = "") -> list[MonitorState]:
+        """Every directory, or that of one container, and whether its lock is held."""
         found = []
         for name in held.names(self._root):
+            if container_id not in ("", name):
+                continue
             directory = f"{self._root}/{name}"
             alive = held.is_held(directory)
             found.append(

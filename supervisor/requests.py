@@ -88,8 +88,8 @@ class Requests:
         return Empty()
 
     @answers_trouble
-    def monitor_list(self, _call: Call, _body: messages.MonitorList) -> Body:
-        return messages.MonitorsListed(monitors=self._house.monitors.states())
+    def monitor_list(self, _call: Call, body: messages.MonitorList) -> Body:
+        return messages.MonitorsListed(monitors=self._house.monitors.states(body.container_id))
 
     @answers_trouble
     def init_start(self, call: Call, body: messages.InitStart) -> None:

@@ -45,7 +45,9 @@ class MonitorsListed(Body):
 
 @request("supervisor.monitor.list", reply=MonitorsListed, idempotent=True)
 class MonitorList(Request[MonitorsListed]):
-    """Every directory under `<run_root>/monitors/` and whether its lock is held."""
+    """Every directory under `<run_root>/monitors/` and whether its lock is held; with an id, that one."""
+
+    container_id: str = ""
 
 
 class InitStarted(Body):

@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -77,6 +78,7 @@ class MonitorModel:
 
     def __init__(self, world: World, container_id: str) -> None:
         self.world = world
+        world.models.append(self)
         self.container_id = container_id
         self.status = "new"
         self.started_at_ns = 0
@@ -85,6 +87,7 @@ class MonitorModel:
         self.updates: list[monitor.Update] = []
         self.spec = b""
         self.starting = False
+        self.process = subprocess.Popen(["sleep", "1000"])  # whose end is the monitor's
         self._ended = asyncio.Event()
         self._grace: asyncio.Task[None] | None = None
         self.directory = world.root / "monitors" / container_id
@@ -186,6 +189,8 @@ class MonitorModel:
     def vanish(self) -> None:
         """The monitor process is gone."""
         self.server.shut()
+        self.process.kill()
+        self.process.wait()
         with contextlib.suppress(FileNotFoundError):
             (self.directory / "ctl.sock").unlink()
 
@@ -240,6 +245,7 @@ class World:
         self.faults: dict[type[Request[Any]], list[Fault]] = {}
         self.stubborn = False  # containers ignore their stop signal
         self.monitors: dict[str, MonitorModel] = {}
+        self.models: list[MonitorModel] = []
         self.inits: set[str] = set()
         self.init_pid = 77  # of every init
         self.parents: dict[str, str] = {}  # cgroup parents that were noted, by their pods
@@ -479,10 +485,11 @@ class World:
                 shutil.rmtree(self.root / "monitors" / body.container_id)
             return Empty()
 
-        async def listed(_body: supervisor.MonitorList) -> supervisor.MonitorsListed:
+        async def listed(body: supervisor.MonitorList) -> supervisor.MonitorsListed:
             states = [
-                supervisor.MonitorState(container_id=id_, alive=model.alive)
+                supervisor.MonitorState(container_id=id_, alive=model.alive, pid=model.process.pid)
                 for id_, model in self.monitors.items()
+                if body.container_id in ("", id_)
             ]
             return supervisor.MonitorsListed(monitors=states)
 
@@ -534,6 +541,9 @@ class World:
 
     def close(self) -> None:
         self.over.set()
+        for model in self.models:
+            model.process.kill()
+            model.process.wait()
         for listening in self._listening:
             listening.shut()
         for read_fd in self.begun.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,22 @@ from ipc.table import Handler, table
 CALLERS = frozenset({"root", "cri"})
 
 
+def prepare_process() -> None:
+    """Nothing is prepared."""
+
+
 def run(
-    context: Any, *, container_id: str, pod_id: str, directory: str, lock_fd: int, listener: socket.socket
+    context: Callable[[], Any],
+    *,
+    container_id: str,
+    pod_id: str,
+    directory: str,
+    lock_fd: int,
+    listener_fd: int,
+    ground: None = None,
 ) -> None:
     loop = Loop()
+    listener = socket.socket(fileno=listener_fd)
 
     def state(_call: Call, _body: monitor.StateGet) -> monitor.State:
         fds = sorted(int(name) for name in os.listdir("/proc/self/fd"))
@@ -38,7 +51,7 @@ def run(
         loop.call_later(0.05, loop.stop)
 
     handlers = table(Handler(monitor.StateGet, state, CALLERS), Handler(monitor.Delete, delete, CALLERS))
-    Server(loop, handlers, context.settings.uids).listen(listener)
-    context.log.info("fake monitor runs", container=container_id)
+    Server(loop, handlers, context().settings.uids).listen(listener)
+    context().log.info("fake monitor runs", container=container_id)
     assert os.fstat(lock_fd)
     loop.run()

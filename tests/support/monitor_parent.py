@@ -25,7 +25,7 @@ class Context:
         self.log = Log("monitor", level="error")
 
 
-def start(context: Context, container_id: str) -> int:
+def start(context: Context, container_id: str, ground: main.Ground) -> int:
     """Fork one monitor, return its pid."""
     directory = context.settings.monitor_directory(container_id)
     os.makedirs(directory)
@@ -38,12 +38,13 @@ def start(context: Context, container_id: str) -> int:
     if pid == 0:
         try:
             main.run(
-                context,
+                lambda: context,
                 container_id=container_id,
                 pod_id="pod",
                 directory=directory,
                 lock_fd=lock_fd,
-                listener=listener,
+                listener_fd=listener.fileno(),
+                ground=ground,
             )
         finally:
             os._exit(0)
@@ -55,11 +56,12 @@ def start(context: Context, container_id: str) -> int:
 def run(run_root: str, ids: list[str]) -> None:
     """Start them all, wait for the end of input, reap them."""
     main.preload()
+    ground = main.prepare_process()
     gc.collect()
     gc.freeze()
     context = Context(run_root)
     for container_id in ids:
-        os.write(1, b"%d\n" % start(context, container_id))
+        os.write(1, b"%d\n" % start(context, container_id, ground))
     os.close(1)
     os.read(0, 1)
 

@@ -288,6 +288,8 @@ class Containers:
         if container.phase is Phase.CREATED:  # else its end was known first
             container.record.phase = Phase.RUNNING
         self._store.save_container(container, done="container.start")
+        if (exit_ := self._watcher.read_record(container.id)) is not None:  # a life that short
+            self._watcher.record(container, exit_)
         log.get().info("container started", container=container.id, pod=container.record.pod_id)
 
     async def _start_failed(self, container: Container, error: RemoteError) -> None:

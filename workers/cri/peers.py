@@ -74,7 +74,8 @@ class Peers:
 
     def connect_monitor(self, container_id: str) -> Peer:
         """A new client of a monitor's control socket."""
-        return aio.Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock")
+        # A connection keeps a process of the monitor's alive.
+        return aio.Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock", idle_close=1.0)
 
     async def forget_monitor(self, container_id: str) -> None:
         """The monitor is gone: end its connection."""

@@ -1,7 +1,7 @@
 """Runs in: cri. How the ends of containers become known.
 
-One `wait` stays open to each monitor, so an end is known at once. When a monitor cannot be reached, its exit
-record is read from its directory; while its lock is held, or a successor may still come, nothing is
+The process of each monitor is watched by a pidfd, which costs the monitor nothing: when it ends, its exit
+record is read from its directory. While its lock is held, or a successor may still come, nothing is
 concluded. A container is never thought to run because nobody said otherwise: without a monitor and without
 a record it has ended, with an unknown code.
 """
@@ -9,14 +9,16 @@ a record it has ended, with an unknown code.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import msgspec
 
 from ipc import log
 from ipc.errors import RemoteError
-from ipc.messages import monitor, storage, supervisor
+from ipc.messages import storage, supervisor
 from ipc.messages.monitor import ExitRecord
+from ipc.messages.supervisor import MonitorState
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.state import Container, Phase
@@ -91,10 +93,9 @@ class Watcher:
         while (
             container.phase in {Phase.CREATED, Phase.RUNNING} and container.id in self._node.store.containers
         ):
-            exit_ = await self._wait(container)
-            if exit_ is None:
-                exit_ = self.read_record(container.id)
-            if exit_ is None and await self._alive(container.id):
+            alive = await self._follow(container.id)
+            exit_ = self.read_record(container.id)
+            if exit_ is None and alive:
                 orphan_since = 0.0
             elif exit_ is None:
                 orphan_since = orphan_since or time.monotonic()
@@ -105,14 +106,34 @@ class Watcher:
             await asyncio.sleep(POLL)
         self._ended.pop(container.id, None)
 
-    async def _wait(self, container: Container) -> ExitRecord | None:
-        """Ask the monitor to tell the end; None if it cannot be reached (any more)."""
+    async def _follow(self, container_id: str) -> bool:
+        """Wait for the end of the monitor; False if there is none.
+
+        While the supervisor cannot be asked, nothing is concluded.
+        """
         try:
-            answer = await self._node.peers.monitor(container.id).call(monitor.Wait())
-        except RemoteError as error:
-            log.get().debug("a monitor does not answer", container=container.id, text=error.text)
-            return None
-        return answer.exit
+            state = await self._monitor(container_id)
+            if state is None or not state.alive:
+                return False
+            if state.pid:
+                await self._outlive(state)
+        except (RemoteError, ProcessLookupError):
+            return True
+        return True
+
+    async def _outlive(self, state: MonitorState) -> None:
+        pidfd = os.pidfd_open(state.pid)
+        try:
+            # Asked again: before the pidfd was open, the number could have changed hands.
+            if await self._monitor(state.container_id) == state:
+                await readable(pidfd)
+        finally:
+            os.close(pidfd)
+
+    async def _monitor(self, container_id: str) -> MonitorState | None:
+        request = supervisor.MonitorList(container_id=container_id)
+        answer = await self._node.peers.supervisor.call(request, timeout=SHORT)
+        return next((state for state in answer.monitors if state.container_id == container_id), None)
 
     def read_record(self, container_id: str) -> ExitRecord | None:
         """The exit record that the monitor left, None if there is none."""
@@ -126,13 +147,16 @@ class Watcher:
             log.get().error("an exit record is damaged", container=container_id, text=error)
             return None
 
-    async def _alive(self, container_id: str) -> bool:
-        """Whether a monitor holds the lock; while the supervisor cannot be asked, nothing is concluded."""
-        try:
-            answer = await self._node.peers.supervisor.call(supervisor.MonitorList(), timeout=SHORT)
-        except RemoteError:
-            return True
-        return any(state.alive for state in answer.monitors if state.container_id == container_id)
+
+async def readable(fd: int) -> None:
+    """Wait until a descriptor is."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 def lost(container: Container) -> ExitRecord:

@@ -47,6 +47,11 @@ class Cgroups:
     def __init__(self, directories: dict[str, str]) -> None:
         self._directories = directories
 
+    @property
+    def directories(self) -> dict[str, str]:
+        """Controllers -> directory, as the constructor has them."""
+        return self._directories
+
     @classmethod
     def of_process(cls, pid: int, given: str, container_id: str) -> Cgroups:
         """Find the groups by the container's init. None are found when it is gone."""

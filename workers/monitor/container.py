@@ -1,13 +1,15 @@
-"""Runs in: the monitor.
+"""Runs in: the monitor, in a hand; at the container's end in the keeper itself if no hand is there.
 
-The container's state machine: new, created, running, stopped. It owns the container's init, stdio, log,
-execs and records, and answers each request when its moment has come; a request that is sent again joins the
-one under way. Once a container was created its end always comes the same way, whoever brought it about:
-its init is reaped, and Ending does the rest.
+The container's state machine: new, created, running, stopped. What it is when a hand begins stands in
+`state.json`, and what changes is written there. It runs the OCI runtime, execs and stops, and answers each
+request when its moment has come; a request that is sent again joins the one under way. The keeper owns the
+init, the output and the log: Link is how it is told, and how it tells that the init has ended, which always
+leads to the same end, whoever brought it about.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import signal
@@ -16,7 +18,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from ipc import kernel
 from ipc.errors import RemoteError, precondition
+from ipc.fds import close_all
 from ipc.loop import Loop
 from ipc.messages import Body
 from ipc.messages.monitor import (
@@ -33,19 +37,20 @@ from workers.monitor import procfs, records
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.creation import Born, Creation
-from workers.monitor.ending import DELETE_TIMEOUT, Ending, Remains
+from workers.monitor.ending import DELETE_TIMEOUT
 from workers.monitor.execs import Exec
-from workers.monitor.log import Clock, LogFile
-from workers.monitor.oom import OomWatch
-from workers.monitor.reaper import exit_code
-from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, start_exit_code
-from workers.monitor.stdio import LoggedStream, Owner, Source
+from workers.monitor.keeper import CHILD, GONE, STRANGER
+from workers.monitor.link import Link, Taken
+from workers.monitor.log import open_log
+from workers.monitor.oom import Followed, follow
+from workers.monitor.records import StateRecord
+from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, runtime_of
+from workers.monitor.stdio import Owner
 from workers.monitor.stopping import Stopper
 from workers.monitor.updating import Updates
 
 KILL_TIMEOUT = 10.0  # seconds for the runtime's `kill`, where it must be asked
 START_PATIENCE = 3.0  # seconds for the runtime's word on a start whose init has ended
-UNKNOWN = -1  # exit code of an init that was never our child
 
 Answer = Callable[[Body | RemoteError], object]
 
@@ -67,19 +72,20 @@ _TOLD = {Status.CREATING: "new", Status.STARTING: "created", Status.ENDING: "sto
 
 
 class Container:
-    """One container. `over` is called when the monitor has nothing left to do."""
+    """One container, for as long as a hand lives."""
 
     def __init__(
         self,
         loop: Loop,
         launcher: Launcher,
         log: ContainerLog,
+        link: Link,
         *,
         container_id: str,
         pod_id: str,
         directory: str,
         pipe_bytes: int,
-        over: Callable[[], object],
+        monitor_pid: int,
     ) -> None:
         self.container_id = container_id
         self.pod_id = pod_id
@@ -87,26 +93,23 @@ class Container:
         self.launcher = launcher
         self.runtime = Runtime("", "")
         self.status = Status.NEW
+        self.log_path = ""
         self._loop = loop
         self._log = log
+        self._link = link
         self._pipe_bytes = pipe_bytes
-        self._over = over
+        self._monitor_pid = monitor_pid
+        self._state: StateRecord | None = None
         self._pid = 0
-        self._pid_start = 0
-        self._ours = True
+        self._pidfd = -1
         self._request: Create | None = None
-        self._stdin_fd: int | None = None
-        self._file: LogFile | None = None
-        self._sources: list[Source] = []
-        self._streams: list[LoggedStream] = []
+        self._log_fd = -1
         self._cgroups = Cgroups({})
-        self._oom: OomWatch | None = None
         self._stopper = Stopper(loop, self)
         self._updates = Updates(self, log)
         self._execs: dict[int, Exec] = {}
         self._exec_count = 0
-        self._created_ns = self._started_ns = self._finished_ns = 0
-        self._code: int | None = None  # of the init, once reaped
+        self._finished = False  # its init has
         self._start_call: Invocation | None = None
         self._start_error: RemoteError | None = None
         self._start_given_up = False
@@ -115,7 +118,24 @@ class Container:
         self._creators: list[Answer] = []
         self._starters: list[Answer] = []
         self._waiters: list[Answer] = []
-        self._ending: Ending | None = None
+
+    def load(self) -> None:
+        """Take up what earlier hands have left. Raises OSError, msgspec.DecodeError."""
+        state = records.read_state(self.directory)
+        if state is not None:
+            self._adopt(state)
+            self.status = Status.RUNNING if state.started_at_ns else Status.CREATED
+
+    @property
+    def quiet(self) -> bool:
+        """True if nothing is under way that must not be left."""
+        return self._finished or not (
+            self._unwanted
+            or self._execs
+            or self._stopper.busy
+            or self._updates.busy
+            or self.status in (Status.CREATING, Status.STARTING)
+        )
 
     # -- create ---------------------------------------------------------------------------------------
 
@@ -134,13 +154,11 @@ class Container:
     def _create(self, request: Create) -> None:
         self.status = Status.CREATING
         self._request = msgspec.structs.replace(request, spec=b"", keep=b"")  # large, and needed only here
-        self.runtime = Runtime(
-            request.runtime_path, request.runtime_root, tuple(request.runtime_args), request.systemd_cgroup
-        )
+        self.runtime = runtime_of(request)
         try:
             if request.keep:
                 records.write_kept(self.directory, request.keep)
-            self._file = LogFile(request.log_path, self._log)
+            self._log_fd = open_log(request.log_path) if request.log_path else -1
             Creation(
                 self._loop,
                 self.launcher,
@@ -160,53 +178,93 @@ class Container:
         if isinstance(result, RemoteError):
             self._delete_debris(result)
             return
-        self._adopt(result)
-        self._write_state()
+        kin, pidfd = self._kinship(result.pid)
+        try:
+            self._note(result.pid, ours=kin != STRANGER)
+        except OSError as error:
+            self._log.error("state record cannot be written", error=error)
+            close_all([*result.fds(), *([pidfd] if pidfd >= 0 else [])])
+            self._delete_debris(precondition(f"create: state record: {error}"))
+            return
+        self.status = Status.CREATED
+        self._hand_over(result, kin, pidfd)
         self._answer_all(self._creators, Created(pid=self._pid))
         if self._unwanted:
             self._stopper.kill()
 
-    def _adopt(self, born: Born) -> None:
+    def _kinship(self, pid: int) -> tuple[int, int]:
+        """Whose child the init is, and a pidfd if it is somebody else's (a virtual machine's, say)."""
+        fact = procfs.stat(pid)
+        if fact is not None and fact.parent != self._monitor_pid:
+            with contextlib.suppress(ProcessLookupError):
+                return STRANGER, os.pidfd_open(pid)
+        return (CHILD if fact is not None else GONE), -1
+
+    def _note(self, pid: int, *, ours: bool) -> None:
+        """Write down what was created, for the hands to come."""
         assert self._request is not None
-        assert self._file is not None
-        self.status = Status.CREATED
-        self._created_ns = time.time_ns()
-        self._pid, self._stdin_fd = born.pid, born.stdin_fd
-        clock = Clock()
-        for name, fd in born.outputs:
-            stream = LoggedStream(name, clock, self._file)
-            self._streams.append(stream)
-            self._sources.append(Source(self._loop, fd, stream.take, self._source_ended))
         request = self._request
-        self._cgroups = Cgroups.of_process(self._pid, request.cgroup_path, self.container_id)
-        self._oom = OomWatch(
-            self._loop, self._cgroups.memory, request.cgroup_version, follow=request.systemd_cgroup
+        fact = procfs.stat(pid)
+        cgroups = Cgroups.of_process(pid, request.cgroup_path, self.container_id)
+        record = StateRecord(
+            container_id=self.container_id,
+            pod_id=self.pod_id,
+            status="created",
+            pid=pid,
+            pid_start=fact.start if fact is not None else 0,
+            monitor_pid=self._monitor_pid,
+            runtime_name=request.runtime_name,
+            runtime_path=request.runtime_path,
+            runtime_root=request.runtime_root,
+            log_path=request.log_path,
+            created_at_ns=time.time_ns(),
+            ours=ours,
+            runtime_args=request.runtime_args,
+            systemd_cgroup=request.systemd_cgroup,
+            cgroup_version=request.cgroup_version,
+            cgroups=cgroups.directories,
+            unit=os.path.basename(request.cgroup_path) if request.systemd_cgroup else "",
+            stdio_uid=request.stdio_uid,
+            stdio_gid=request.stdio_gid,
         )
-        self._watch_init()
+        records.write_state(self.directory, record)
+        self._adopt(record)
 
-    def _watch_init(self) -> None:
-        fact = procfs.stat(self._pid)
-        self._pid_start = fact.start if fact is not None else 0
-        ended = self.launcher.reaper.has_ended(self._pid)
-        if ended or (fact is not None and fact.parent == os.getpid()):
-            self.launcher.reaper.claim(self._pid, self._init_ended)
-        else:
-            self._watch_stranger()
+    def _adopt(self, record: StateRecord) -> None:
+        self._state = record
+        self.runtime = runtime_of(record)
+        self.log_path = record.log_path
+        self._cgroups = Cgroups(record.cgroups)
+        self._pid = record.pid
+        if record.ours:
+            self._pidfd = procfs.open_pid(record.pid, record.pid_start)
 
-    def _watch_stranger(self) -> None:
-        # A runtime whose container process is somebody else's child (a virtual machine's, say).
-        self._ours = False
-        try:
-            fd = os.pidfd_open(self._pid)
-        except ProcessLookupError:
-            self._loop.call_soon(lambda: self._init_ended(None))
-        else:
-            self._loop.add_reader(fd, lambda: self._stranger_ended(fd))
+    def _hand_over(self, born: Born, kin: int, pidfd: int) -> None:
+        assert self._request is not None
+        oom = self._follow_oom()
+        fds = [fd for fd in (self._log_fd, -1 if born.stdin_fd is None else born.stdin_fd, pidfd) if fd >= 0]
+        self._link.take(
+            Taken(
+                born.pid,
+                kin,
+                born.stdin_fd is not None,
+                self._log_fd >= 0,
+                self._request.cgroup_version if oom.fds else 0,
+                len(oom.fds),
+                oom.others,
+                self._cgroups.memory,
+            ),
+            [*fds, *oom.fds, *(fd for _, fd in born.outputs)],
+        )
+        self._log_fd = -1
 
-    def _stranger_ended(self, fd: int) -> None:
-        self._loop.remove_reader(fd)
-        os.close(fd)
-        self._init_ended(None)
+    def _follow_oom(self) -> Followed:
+        assert self._request is not None
+        if self._request.systemd_cgroup and self._cgroups.memory:
+            # Without events there is still the count at the end.
+            with contextlib.suppress(OSError):
+                return follow(self._cgroups.memory, self._request.cgroup_version)
+        return Followed([], -1)
 
     def _delete_debris(self, error: RemoteError) -> None:
         argv = self.runtime.argv("delete", "--force", self.container_id)
@@ -218,20 +276,22 @@ class Container:
     def _not_created(self, error: RemoteError) -> None:
         self._log.warning("container not created", error=error.text)
         self.status = Status.STOPPED
+        self._unwanted = False
         if self._request is not None:  # a runtime that failed half-way may have made groups
             Cgroups.of_path(self._request.cgroup_path, self.container_id).remove()
-        if self._file is not None:
-            self._file.close()
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+            self._log_fd = -1
         for answers in (self._creators, self._starters, self._waiters):
             self._answer_all(answers, error)
-        self._over()
+        self._link.leave()
 
     # -- start ----------------------------------------------------------------------------------------
 
     def start(self, request: Start, answer: Answer) -> None:
         """Start it, or answer that it was started."""
-        if self._started_ns and self.status in (Status.RUNNING, Status.ENDING, Status.STOPPED):
-            answer(Started(started_at_ns=self._started_ns))
+        if self._started_at_ns and self.status in (Status.RUNNING, Status.ENDING, Status.STOPPED):
+            answer(Started(started_at_ns=self._started_at_ns))
         elif self.status is Status.STARTING:
             self._starters.append(answer)
         elif self.status is Status.CREATED and not self._unwanted:
@@ -255,8 +315,7 @@ class Container:
             return
         self.status = Status.RUNNING
         # The moment before the call: a short life must not seem to end before it began.
-        self._started_ns = at_ns
-        self._write_state()
+        self._update(status="running", started_at_ns=at_ns)
         self._answer_all(self._starters, Started(started_at_ns=at_ns))
         self._end_if_ended()
 
@@ -269,14 +328,28 @@ class Container:
     def _not_started(self, error: RemoteError) -> None:
         if self._start_given_up:
             error = precondition("start: the container was ended before its command could be executed")
+        else:  # else the record tells how the init ended, not this
+            self._update(start_error=error.text)
         self._log.warning("container not started", error=error.text)
         self._start_error = error
         self.status = Status.CREATED
         self._unwanted = True
-        if self._finished_ns:
+        if self._finished:
             self._end_if_ended()
         else:
             self._stopper.kill()
+
+    @property
+    def _started_at_ns(self) -> int:
+        return self._state.started_at_ns if self._state is not None else 0
+
+    def _update(self, **changes: str | int) -> None:
+        assert self._state is not None
+        self._state = msgspec.structs.replace(self._state, **changes)
+        try:
+            records.write_state(self.directory, self._state)
+        except OSError as error:
+            self._log.error("state record cannot be written", error=error)
 
     # -- stop, wait, delete -----------------------------------------------------------------------------
 
@@ -303,7 +376,7 @@ class Container:
         if self.status is Status.NEW:
             self.status = Status.STOPPED
             answer(Body())
-            self._over()
+            self._link.leave()
             return
         self.wait(answer)
         if self.status in (Status.STARTING, Status.RUNNING):
@@ -322,17 +395,27 @@ class Container:
         """Send a signal to the init, thawed so that it can take it."""
         self._cgroups.freeze(False)
         if self._ours:
-            os.kill(self._pid, number)  # not reaped yet, or the Stopper would have been told
+            self._signal(number)
         else:
             self._runtime_kill(number)
 
     def kill(self) -> None:
         """SIGKILL everything that is the container's."""
-        if self._ours and not self._finished_ns:
-            os.kill(self._pid, signal.SIGKILL)
-        elif not self._ours:
+        if self._ours:
+            self._signal(signal.SIGKILL)
+        else:
             self._runtime_kill(signal.SIGKILL)
         self._cgroups.kill()
+
+    @property
+    def _ours(self) -> bool:
+        return self._state is not None and self._state.ours
+
+    def _signal(self, number: int) -> None:
+        # By pidfd: the keeper may have reaped it, and its number may be another's.
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def _runtime_kill(self, number: int) -> None:
         argv = self.runtime.argv("kill", self.container_id, str(int(number)))
@@ -351,9 +434,9 @@ class Container:
 
     # -- the end --------------------------------------------------------------------------------------
 
-    def _init_ended(self, code: int | None) -> None:
-        self._finished_ns = time.time_ns()
-        self._code = code
+    def init_ended(self) -> None:
+        """The keeper's word that the init was reaped."""
+        self._finished = True
         self._stopper.ended()
         if self.status is Status.STARTING:  # the runtime's word on the start comes first
             self._loop.call_later(START_PATIENCE, self._give_up_start)
@@ -361,70 +444,19 @@ class Container:
             self._end_if_ended()
 
     def _end_if_ended(self) -> None:
-        if not self._finished_ns or self._ending is not None:
-            return
-        assert self._oom is not None
-        assert self._file is not None
-        self.status = Status.ENDING
-        self._close_stdin()
-        remains = Remains(
-            self.container_id,
-            self.directory,
-            self.runtime,
-            self._cgroups,
-            self._oom,
-            self._sources,
-            self._streams,
-            self._file,
-        )
-        self._ending = Ending(
-            self._loop,
-            self.launcher,
-            self._log,
-            remains,
-            record=self._make_record,
-            tell=self._tell,
-            over=self._over,
-        )
+        if self._finished and self.status is not Status.ENDING:
+            self.status = Status.ENDING
+            self._link.go()
 
-    def _make_record(self, oom_kills: int) -> ExitRecord:
-        code = UNKNOWN if self._code is None else exit_code(self._code)
-        reason = records.exit_reason(code, oom_kills=oom_kills)
-        message = (
-            "" if self._code is not None else "the exit code is unknown: the init was no child of the monitor"
-        )
-        if self._start_error is not None and not self._start_given_up:
-            code, reason = start_exit_code(self._start_error.text), records.START_ERROR
-            message = self._start_error.text
-        return ExitRecord(
-            container_id=self.container_id,
-            exit_code=code,
-            signal=max(0, -(self._code or 0)),
-            oom_killed=oom_kills > 0,
-            started_at_ns=self._started_ns,
-            finished_at_ns=self._finished_ns,
-            reason=reason,
-            message=message,
-        )
-
-    def _tell(self, record: ExitRecord) -> None:
+    def tell(self, record: ExitRecord) -> None:
+        """The exit record is on disk: whoever waits may know."""
         self.status = Status.STOPPED
         self._record = record
-        self._log.info("container ended", exit_code=record.exit_code, reason=record.reason)
         for running in list(self._execs.values()):
             running.container_ended()
         if self._start_error is not None:
             self._answer_all(self._starters, self._start_error)
         self._answer_all(self._waiters, record)
-
-    def _source_ended(self) -> None:
-        if self._ending is not None:
-            self._ending.source_ended()
-
-    def _close_stdin(self) -> None:
-        if self._stdin_fd is not None:
-            os.close(self._stdin_fd)
-            self._stdin_fd = None
 
     # -- update ---------------------------------------------------------------------------------------
 
@@ -443,9 +475,8 @@ class Container:
 
     @property
     def unit(self) -> str:
-        """The container's systemd unit: its group's last part, where systemd makes the group."""
-        request = self._request
-        return os.path.basename(request.cgroup_path) if request is not None and request.systemd_cgroup else ""
+        """The container's systemd unit, "" where systemd does not make the group."""
+        return self._state.unit if self._state is not None else ""
 
     @property
     def init_pid(self) -> int:
@@ -458,6 +489,7 @@ class Container:
         """Run a process in the container. Raises RemoteError."""
         if self.status is not Status.RUNNING:
             raise precondition(f"container {self.container_id} is {self.told_status}, not running")
+        kernel.become_subreaper()  # what the runtime's detached exec leaves is to be this process's child
         self._exec_count += 1
         number = self._exec_count
         try:
@@ -477,8 +509,8 @@ class Container:
     @property
     def stdio_owner(self) -> Owner:
         """Who must be able to open the container's streams again."""
-        assert self._request is not None
-        return self._request.stdio_uid, self._request.stdio_gid
+        assert self._state is not None
+        return self._state.stdio_uid, self._state.stdio_gid
 
     def pids(self) -> list[int]:
         """Every process that may be the container's."""
@@ -496,53 +528,39 @@ class Container:
         """The status in the words of the messages."""
         return _TOLD.get(self.status, self.status.value)
 
-    def state(self) -> State:
-        """What the monitor knows."""
+    def state(self, answer: Answer) -> None:
+        """Answer with what is known."""
+        self._link.count(lambda written, dropped: answer(self._state_with(written, dropped)))
+
+    def _state_with(self, written: int, dropped: int) -> State:
         return State(
             container_id=self.container_id,
             status=self.told_status,
             pid=self._pid,
-            monitor_pid=os.getpid(),
-            created_at_ns=self._created_ns,
-            started_at_ns=self._started_ns,
+            monitor_pid=self._monitor_pid,
+            created_at_ns=self._state.created_at_ns if self._state is not None else 0,
+            started_at_ns=self._started_at_ns,
             exit=self._record,
-            log_bytes=self._file.written if self._file is not None else 0,
-            log_bytes_dropped=self._file.dropped if self._file is not None else 0,
+            log_bytes=written,
+            log_bytes_dropped=dropped,
             execs=len(self._execs),
             starting=self.status is Status.STARTING,
         )
 
-    def reopen_log(self) -> None:
-        """Reopen the log file at its path. Raises RemoteError."""
-        if self._file is None or self.status in (Status.ENDING, Status.STOPPED):
+    def reopen_log(self, answer: Answer) -> None:
+        """Reopen the log file at its path; answer when it is. Raises RemoteError."""
+        if self.status not in (Status.CREATED, Status.STARTING, Status.RUNNING):
             raise precondition(
                 f"container {self.container_id} is {self.told_status}: no log is being written"
             )
+        if not self.log_path:
+            answer(Body())
+            return
         try:
-            self._file.reopen()
+            fd = open_log(self.log_path)
         except OSError as error:
             raise precondition(f"log reopen: {error}") from error
-
-    def _write_state(self) -> None:
-        assert self._request is not None
-        record = records.StateRecord(
-            container_id=self.container_id,
-            pod_id=self.pod_id,
-            status=self.told_status,
-            pid=self._pid,
-            pid_start=self._pid_start,
-            monitor_pid=os.getpid(),
-            runtime_name=self._request.runtime_name,
-            runtime_path=self.runtime.path,
-            runtime_root=self.runtime.root,
-            log_path=self._request.log_path,
-            created_at_ns=self._created_ns,
-            started_at_ns=self._started_ns,
-        )
-        try:
-            records.write_state(self.directory, record)
-        except OSError as error:
-            self._log.error("state record cannot be written", error=error)
+        self._link.reopen(fd, lambda: answer(Body()))
 
     @staticmethod
     def _answer_all(answers: list[Answer], result: Body | RemoteError) -> None:

@@ -32,6 +32,10 @@ class Born:
     outputs: list[tuple[str, int]] = field(default_factory=list)
     stdin_fd: int | None = None
 
+    def fds(self) -> list[int]:
+        """Every descriptor."""
+        return [fd for _, fd in self.outputs] + ([] if self.stdin_fd is None else [self.stdin_fd])
+
 
 def write_bundle(directory: str, spec: bytes) -> str:
     """Write the bundle, return its path. The directory's group, cri, may read it. Raises OSError."""
@@ -138,6 +142,4 @@ class Creation:
     def _drop(self) -> None:
         if self._console is not None:
             self._console.close()
-        close_all(fd for _, fd in self._born.outputs)
-        if self._born.stdin_fd is not None:
-            os.close(self._born.stdin_fd)
+        close_all(self._born.fds())

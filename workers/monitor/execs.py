@@ -84,7 +84,7 @@ class Exec:
         self._container = container
         self._answer = answer
         self._gone = gone
-        self._pid_file = os.path.join(container.directory, f"exec-{number}.pid")
+        self._pid_file = os.path.join(container.directory, f"exec-{os.getpid()}-{number}.pid")
         limit = min(request.limit, LIMIT)
         self._outputs = (Collector(limit), Collector(limit))
         self._sources: list[Source] = []

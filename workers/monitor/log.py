@@ -11,14 +11,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-
-from workers.monitor.containerlog import ContainerLog
+from collections.abc import Callable
 
 LINE_LIMIT = 16 * 1024  # bytes of text in one record, as the other runtimes have it
 Records = list[bytes | memoryview]  # buffers that make up whole records, for one writev
 FILE_MODE = 0o640
 DIRECTORY_MODE = 0o755
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+
+
+Trouble = Callable[..., object]  # an event and its fields, as in ipc.log
 
 
 class Clock:
@@ -49,16 +51,16 @@ class Encoder:
     """One stream's bytes in, whole records out."""
 
     def __init__(self, stream: str) -> None:
-        self._full = f" {stream} F ".encode()
+        self.label = f" {stream} F ".encode()
         self._partial = f" {stream} P ".encode()
-        self._rest = b""
+        self.rest = b""
 
     def feed(self, chunk: bytes, stamp: bytes, *, more: bool) -> Records:
         """Return the records of `chunk`. `more`: the source holds further bytes, so a line begun may wait."""
         cut = chunk.rfind(b"\n") + 1
         if not cut:
-            return self._begin(self._rest + chunk, stamp, more=more)
-        begun, self._rest = self._rest, b""
+            return self._begin(self.rest + chunk, stamp, more=more)
+        begun, self.rest = self.rest, b""
         if _has_long_line(chunk, cut, len(begun)):
             lines: Records = [self._line(line, stamp) for line in (begun + chunk[: cut - 1]).split(b"\n")]
         else:
@@ -67,27 +69,27 @@ class Encoder:
 
     def finish(self, stamp: bytes) -> Records:
         """Return the record of what is left at the stream's end."""
-        rest, self._rest = self._rest, b""
+        rest, self.rest = self.rest, b""
         return self._pieces(rest, stamp)
 
     def _begin(self, text: bytes, stamp: bytes, *, more: bool) -> Records:
         """Keep the beginning of a line, or write as much of it as must be written."""
         keep = len(text) % LINE_LIMIT if more else 0
         cut = len(text) - keep
-        self._rest = text[cut:]
+        self.rest = text[cut:]
         return self._pieces(text[:cut], stamp) if cut else []
 
     def _lines(self, begun: bytes, chunk: bytes, cut: int, stamp: bytes) -> Records:
         # The hot path: one pass over the bytes. What replace() put after the last newline, and the line
         # begun behind it, are cut off without a copy.
-        head = stamp + self._full
+        head = stamp + self.label
         body = memoryview(chunk.replace(b"\n", b"\n" + head))
         return [head, begun, body[: len(body) - len(head) - (len(chunk) - cut)]]
 
     def _line(self, line: bytes, stamp: bytes) -> bytes:
         # The last piece is never empty unless the line is: F carries the remainder.
         cut = max(0, len(line) - 1) // LINE_LIMIT * LINE_LIMIT
-        return b"".join((*self._pieces(line[:cut], stamp), stamp, self._full, line[cut:], b"\n"))
+        return b"".join((*self._pieces(line[:cut], stamp), stamp, self.label, line[cut:], b"\n"))
 
     def _pieces(self, text: bytes, stamp: bytes) -> Records:
         head = stamp + self._partial
@@ -108,20 +110,44 @@ def _has_long_line(chunk: bytes, end: int, begun: int) -> bool:
     return False
 
 
-class LogFile:
-    """The file at `path`, "" for none. Raises OSError from the constructor and `reopen` only.
+def _say_nothing(_event: str, **_fields: object) -> None:
+    """Nobody to tell."""
 
-    `written` and `dropped` count bytes of records.
+
+class LogFile:
+    """A file that `open_log` opened, -1 for none. Takes it over.
+
+    `written` and `dropped` count bytes of records. `failing`: the last bytes could not be written.
     """
 
-    def __init__(self, path: str, log: ContainerLog) -> None:
+    def __init__(self, fd: int, trouble: Trouble = _say_nothing) -> None:
         self.written = 0
         self.dropped = 0
-        self._path = path
-        self._log = log
+        self.failing = False
+        self.trouble = trouble
         self._torn = b""  # the end of a record whose beginning is in the file
-        self._failing = False
-        self._fd = _open(path) if path else -1
+        self._fd = fd
+
+    @property
+    def strained(self) -> bool:
+        """True if it needs `write`: there is no file, or it did not take everything."""
+        return self._fd < 0 or bool(self._torn) or self.failing
+
+    def append(self, data: bytes) -> None:
+        """Append whole records to a file that is not strained."""
+        try:
+            done = os.write(self._fd, data)
+        except OSError:
+            done = 0
+        self.written += done
+        if done < len(data):
+            self._go_on(data, done)
+
+    def _go_on(self, data: bytes, begun: int) -> None:
+        done = begun + self._write([data[begun:]], len(data) - begun)
+        self.written += done - begun
+        if done < len(data):
+            self._cut(data, done)
 
     def write(self, records: Records) -> None:
         """Append whole records. What does not fit is dropped at a record's border, and counted."""
@@ -156,23 +182,21 @@ class LogFile:
         self.dropped += len(data) - end
 
     def _fail(self, error: OSError) -> None:
-        if not self._failing:
-            self._log.error("log cannot be written", path=self._path, error=error)
-        self._failing = True
+        if not self.failing:
+            self.failing = True
+            self.trouble("log cannot be written", error=error)
 
     def _mend(self) -> None:
-        if self._failing:
-            self._failing = False
-            self._log.warning("log is written again", path=self._path, bytes_dropped=self.dropped)
+        if self.failing:
+            self.failing = False
+            self.trouble("log is written again", bytes_dropped=self.dropped)
 
-    def reopen(self) -> None:
-        """Close the file and open (make) the one at the path now. Keeps the old one if that fails."""
-        if not self._path:
-            return
-        fd = _open(self._path)
+    def replace(self, fd: int) -> None:
+        """Go on in another file, between two records. Takes it over."""
         if self._torn:
             self._finish_torn()
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd = fd
 
     def _finish_torn(self) -> None:
@@ -196,6 +220,7 @@ class LogFile:
         self._fd = -1
 
 
-def _open(path: str) -> int:
+def open_log(path: str) -> int:
+    """Open the log file, make it and its directory if they are not there. Raises OSError."""
     os.makedirs(os.path.dirname(path), mode=DIRECTORY_MODE, exist_ok=True)
     return os.open(path, _FLAGS, FILE_MODE)

@@ -8,10 +8,13 @@ state is deleted, or when it was never asked to create one; no signal but SIGKIL
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from ipc import kernel, wire
@@ -23,14 +26,17 @@ from ipc.messages import monitor as messages
 from ipc.serve import Call, Server
 from ipc.settings import MonitorSettings
 from ipc.table import ROOT, Handler, Handlers, table
-from workers.monitor.container import Container, Status
+from workers.monitor import hand
+from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
+from workers.monitor.keeper import Keeper, warm_up
+from workers.monitor.lastact import LastAct
+from workers.monitor.link import Link
 from workers.monitor.procfs import signal_number
 from workers.monitor.reaper import Reaper
-from workers.monitor.runtime import Launcher
+from workers.monitor.runtime import Launcher, OomScore
 
 CALLERS = frozenset({"cri", ROOT})
-UNUSED = 600.0  # seconds that a monitor waits for its `create`
 MAX_REQUESTS = 256
 _IGNORED = (
     signal.SIGPIPE,
@@ -97,12 +103,11 @@ class Service:
         call.doing = "runtime update"
         self._container.update(body, _answer(call))
 
-    def state(self, _call: Call, _body: messages.StateGet) -> messages.State:
-        return self._container.state()
+    def state(self, call: Call, _body: messages.StateGet) -> None:
+        self._container.state(_answer(call))
 
-    def log_reopen(self, _call: Call, _body: messages.LogReopen) -> Empty:
-        self._container.reopen_log()
-        return Empty()
+    def log_reopen(self, call: Call, _body: messages.LogReopen) -> None:
+        self._container.reopen_log(_answer(call, lambda _: Empty()))
 
     def exec_sync(self, call: Call, body: messages.ExecSync) -> None:
         call.doing = "exec"
@@ -135,52 +140,154 @@ def preload() -> None:
     for handler in Service.handlers(Service.__new__(Service)).values():
         with contextlib.suppress(RemoteError):  # not every request may be empty; its decoder is made anyhow
             wire.decode_body(handler.request, b"\x80")
+    kernel.bare_prctl(kernel.PR_GET_DUMPABLE)
+
+
+@dataclass
+class Ground:
+    """What a monitor inherits: its parts, which have nothing yet."""
+
+    monitor: Monitor
+    keeper: Keeper
+
+
+def prepare_process() -> Ground:
+    """What all monitors have in common: once, in whoever forks nothing but them, or in one alone."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, _woken)
+    os.umask(0o022)
+    os.chdir("/")
+    score = OomScore()
+    score.close()
+    warm_up()
+    gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
+    return Ground(Monitor(score.normal), Keeper())
+
+
+def _woken(_number: int, _frame: object) -> None:
+    """SIGCHLD only wakes, through the wake-up descriptor."""
 
 
 def run(
-    context: Context,
+    context: Callable[[], Context],
     *,
     container_id: str,
     pod_id: str,
     directory: str,
     lock_fd: int,
-    listener: socket.socket,
+    listener_fd: int,
+    ground: Ground | None = None,
 ) -> None:
-    """A monitor's life. `lock_fd` is held to its end: that is how others see that it lives."""
-    _prepare_process(lock_fd)
-    loop = Loop()
-    container = Container(
-        loop,
-        Launcher(loop, Reaper(loop)),
-        ContainerLog(context.log, pod=pod_id, container=container_id),
-        container_id=container_id,
-        pod_id=pod_id,
-        directory=directory,
-        pipe_bytes=context.settings.log_buffer,
-        over=loop.stop,
-    )
-    server = Server(
-        loop,
-        Service(container).handlers(),
-        context.settings.uids,
-        max_requests=MAX_REQUESTS,
-        log=context.log,
-    )
-    server.listen(listener)
-    loop.call_later(UNUSED, lambda: _leave_unused(loop, container))
-    loop.run()
-    server.close()
+    """A monitor's life. `lock_fd` is held to its end: that is how others see that it lives.
 
-
-def _prepare_process(lock_fd: int) -> None:
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    `context` is called where it is needed, not in a keeper. `ground`: what `prepare_process` returned in the
+    process that forked this one, None if it is yet to be called.
+    """
+    ground = ground or prepare_process()
     os.set_inheritable(lock_fd, False)
-    os.umask(0o022)
-    os.chdir("/")
-    kernel.become_subreaper()
+    kernel.bare_prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    monitor, keeper = ground.monitor, ground.keeper
+    monitor.make_context = context
+    monitor.names = container_id, pod_id, directory
+    keeper.open(listener_fd, monitor.hand, monitor.trouble)
+    if keeper.keep():
+        monitor.end(keeper)
 
 
-def _leave_unused(loop: Loop, container: Container) -> None:
-    if container.status is Status.NEW:
-        loop.stop()
+class Monitor:
+    """One monitor's parts, made when they are needed: its keeper needs none of them."""
+
+    def __init__(self, normal_score: int) -> None:
+        self.make_context: Callable[[], Context]
+        self.names = ("", "", "")  # container, pod, directory
+        self._normal_score = normal_score
+
+    def _begin(self, keeper: Keeper) -> None:
+        gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
+        gc.enable()
+        self._context = self.make_context()
+        self._container_id, self._pod_id, self._directory = self.names
+        self._listener = socket.socket(fileno=keeper.listener)
+
+    def _log(self) -> ContainerLog:
+        return ContainerLog(self._context.log, pod=self._pod_id, container=self._container_id)
+
+    def trouble(self, event: str, **fields: object) -> None:
+        """Log what goes wrong in the keeper."""
+        container_id, pod_id, _ = self.names
+        ContainerLog(self.make_context().log, pod=pod_id, container=container_id).warning(event, **fields)
+
+    def hand(self, keeper: Keeper) -> None:
+        """Be a hand, in a forked child. Does not return."""
+        status = 1
+        try:
+            self._serve_as_hand(keeper)
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+            self.make_context().log.bug("a monitor's hand ended by a bug", error, container=self.names[0])
+        finally:
+            os._exit(status)
+
+    def _serve_as_hand(self, keeper: Keeper) -> None:
+        self._begin(keeper)
+        monitor_pid = os.getppid()
+        kernel.die_with_parent(signal.SIGKILL, monitor_pid)
+        signal.set_wakeup_fd(-1)
+        log_fds = {sys.stderr.fileno(), self._context.log.fileno()}
+        hand.shed({self._listener.fileno(), keeper.hands_link.fileno(), *log_fds})
+        loop = Loop()
+        link = hand.KeeperLink(loop, keeper.hands_link)
+        container = self._container(loop, self._launcher(loop), link, monitor_pid)
+        container.load()
+        link.serve(container)
+        server = self._server(loop, container)
+        loop.turn(hand.FIRST_WAIT)
+        while not link.over and (server.connections or not container.quiet):
+            loop.turn()
+        server.close()
+
+    def end(self, keeper: Keeper) -> None:
+        """The container's init has ended: see to the rest."""
+        keeper.hand_over()
+        self._begin(keeper)
+        loop = Loop()
+        launcher = self._launcher(loop)
+
+        def serve(act: LastAct) -> Container:
+            container = self._container(loop, launcher, act, os.getpid())
+            container.load()
+            servers.append(self._server(loop, container))
+            return container
+
+        servers: list[Server] = []
+        LastAct(keeper, loop, launcher, self._log(), directory=self._directory, serve=serve).play()
+        for server in servers:
+            server.close()
+
+    def _launcher(self, loop: Loop) -> Launcher:
+        return Launcher(loop, Reaper(loop), self._normal_score)
+
+    def _container(self, loop: Loop, launcher: Launcher, link: Link, monitor_pid: int) -> Container:
+        return Container(
+            loop,
+            launcher,
+            self._log(),
+            link,
+            container_id=self._container_id,
+            pod_id=self._pod_id,
+            directory=self._directory,
+            pipe_bytes=self._context.settings.log_buffer,
+            monitor_pid=monitor_pid,
+        )
+
+    def _server(self, loop: Loop, container: Container) -> Server:
+        server = Server(
+            loop,
+            Service(container).handlers(),
+            self._context.settings.uids,
+            max_requests=MAX_REQUESTS,
+            log=self._context.log,
+        )
+        server.listen(self._listener)
+        return server

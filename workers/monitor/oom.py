@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from ipc.loop import Loop
+from ipc.fds import close_all
 
 V1_FILE = "memory.oom_control"
 V2_FILE = "memory.events"
@@ -49,95 +50,99 @@ def _kills(path: str) -> int | None:
         return None
 
 
+class Followed(NamedTuple):
+    """How a group's count is followed. `others`: the parent's count without the group's, -1 if untold."""
+
+    fds: list[int]
+    others: int
+
+
+def follow(memory: str, version: int) -> Followed:
+    """Begin to follow a group that may vanish; the rest is OomWatch's. Raises OSError.
+
+    The descriptors: the group's file, then v1's eventfd, v2's file of the parent if it has one.
+    """
+    fds = [os.open(f"{memory}/{V2_FILE if version == 2 else V1_FILE}", os.O_RDONLY | os.O_CLOEXEC)]
+    try:
+        if version != 2:
+            fds.append(_event(memory, fds[0]))
+            return Followed(fds, -1)
+        with contextlib.suppress(OSError):  # the root has no such file
+            fds.append(os.open(_parent(memory), os.O_RDONLY | os.O_CLOEXEC))
+        return Followed(fds, _read_v2(fds)[1])
+    except OSError:
+        close_all(fds)
+        raise
+
+
+def _event(memory: str, count_fd: int) -> int:
+    event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{memory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(control, f"{event_fd} {count_fd}".encode())
+        finally:
+            os.close(control)
+    except OSError:
+        os.close(event_fd)
+        raise
+    return event_fd
+
+
+def _parent(memory: str) -> str:
+    return f"{os.path.dirname(memory)}/{V2_FILE}"
+
+
+def _read_v2(fds: Sequence[int]) -> tuple[int, int]:
+    """Return the group's count and that of all others below the parent, -1 if that cannot be told."""
+    # The parent's first: a kill between the two readings is then counted once at least, never lost.
+    total = parse_kills(os.pread(fds[1], 4096, 0)) if len(fds) > 1 else None
+    count = parse_kills(os.pread(fds[0], 4096, 0)) or 0
+    return count, -1 if total is None else total - count
+
+
 class OomWatch:
-    """Counts a container's OOM kills. `follow`: the group may vanish before the end."""
+    """Counts a container's OOM kills. `followed` is `follow`'s, where the group may vanish before the end."""
 
-    def __init__(self, loop: Loop, memory: str, version: int, *, follow: bool = False) -> None:
-        self._loop = loop
-        self._memory = memory
-        self._version = version
-        self._seen = 0
-        #: The parent's count without this container's, as long as that could be told.
-        self._others: int | None = None
-        self._fds: list[int] = []
-        self._epoll: select.epoll | None = None
-        if follow and memory:
-            # Without events there is still the count at the end.
-            with contextlib.suppress(OSError):
-                self._follow()
-
-    def kills(self) -> int:
-        """Return the count now, or the last one seen if the group is gone."""
-        count = count_kills(self._memory, self._version) if self._memory else None
-        if count is not None:
-            self._seen = count
-        elif self._others is not None:
-            total = _kills(self._parent)
-            self._seen = max(self._seen, (total or 0) - self._others)
-        return self._seen
+    def __init__(self, memory: str, version: int, followed: Followed | None = None) -> None:
+        self.memory = memory
+        self.version = version
+        self.seen = 0
+        self.others = -1 if followed is None else followed.others
+        self.fds = [] if followed is None else list(followed.fds)
 
     @property
-    def _parent(self) -> str:
-        return f"{os.path.dirname(self._memory)}/{V2_FILE}"
+    def event_fds(self) -> list[int]:
+        """Where events are: v1's is readable then; v2's, always readable as kernfs files, have EPOLLPRI."""
+        return self.fds if self.version == 2 else self.fds[1:]
+
+    def kills(self) -> int:
+        """Return the count now, or what was seen of it if the group is gone."""
+        count = count_kills(self.memory, self.version) if self.memory else None
+        if count is not None:
+            self.seen = count
+        elif self.others >= 0:
+            total = _kills(_parent(self.memory))
+            self.seen = max(self.seen, (total or 0) - self.others)
+        return self.seen
+
+    def changed(self) -> bool:
+        """There was an event. False if the group is gone: its file would be ready for ever."""
+        if self.version != 2:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.fds[1])
+            # The event comes before the kill; removal of the group makes one too, but then the file is gone.
+            here = os.path.exists(f"{self.memory}/{V1_FILE}")
+            self.seen = max(self.seen, int(here))
+            return here
+        try:
+            count, self.others = _read_v2(self.fds)
+        except OSError:  # ENODEV
+            return False
+        self.seen = max(self.seen, count)
+        return True
 
     def close(self) -> None:
         """Stop following."""
-        if self._epoll is not None:
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
-            self._epoll = None
-        for fd in self._fds:
-            self._loop.remove_reader(fd)
-            os.close(fd)
-        self._fds.clear()
-
-    def _follow(self) -> None:
-        file = V2_FILE if self._version == 2 else V1_FILE
-        self._fds.append(os.open(f"{self._memory}/{file}", os.O_RDONLY | os.O_CLOEXEC))
-        if self._version == 2:
-            self._follow_v2()
-        else:
-            self._follow_v1(self._fds[0])
-
-    def _follow_v2(self) -> None:
-        with contextlib.suppress(OSError):  # the root has no such file
-            self._fds.append(os.open(self._parent, os.O_RDONLY | os.O_CLOEXEC))
-        self._read_v2()
-        # A kernfs file is always readable; its events are EPOLLPRI, which the loop does not ask for.
-        epoll = select.epoll()
-        self._epoll = epoll
-        self._loop.add_reader(epoll.fileno(), self._changed_v2)
-        for each in self._fds:
-            epoll.register(each, select.EPOLLPRI)
-
-    def _changed_v2(self) -> None:
-        try:
-            self._read_v2()
-        except OSError:  # ENODEV: the group is gone and the file would be ready for ever
-            self.close()
-
-    def _read_v2(self) -> None:
-        # The parent's first: a kill between the two readings is then counted once at least, never lost.
-        total = parse_kills(os.pread(self._fds[1], 4096, 0)) if len(self._fds) > 1 else None
-        count = parse_kills(os.pread(self._fds[0], 4096, 0)) or 0
-        self._seen = max(self._seen, count)
-        self._others = None if total is None else total - count
-
-    def _follow_v1(self, fd: int) -> None:
-        event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._fds.append(event_fd)
-        control = os.open(f"{self._memory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(control, f"{event_fd} {fd}".encode())
-        finally:
-            os.close(control)
-        self._loop.add_reader(event_fd, self._changed_v1)
-
-    def _changed_v1(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fds[1])
-        if os.path.exists(f"{self._memory}/{V1_FILE}"):
-            # The event comes before the kill; removal of the group makes one too, but then the file is gone.
-            self._seen = max(self._seen, 1)
-        else:
-            self.close()
+        close_all(self.fds)
+        self.fds.clear()

@@ -63,6 +63,19 @@ def stat(pid: int) -> Stat | None:
     return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
+def open_pid(pid: int, start: int) -> int:
+    """Return a pidfd of the process that began at `start`, -1 if it is gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+    fact = stat(pid)
+    if fact is not None and fact.start == start:
+        return fd
+    os.close(fd)
+    return -1
+
+
 def disposition(pid: int) -> Disposition | None:
     """Return the process's disposition, None if it is gone."""
     raw = _read(f"/proc/{pid}/status")

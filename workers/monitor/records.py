@@ -39,6 +39,17 @@ class StateRecord(Body):
     log_path: str
     created_at_ns: int
     started_at_ns: int = 0
+    start_error: str = (
+        ""  # why the runtime could not start it; "" too if it was ended before that could be told
+    )
+    ours: bool = True  # the init is the monitor's child
+    runtime_args: list[str] = []
+    systemd_cgroup: bool = False
+    cgroup_version: int = 2
+    cgroups: dict[str, str] = {}  # the container's own: controllers -> directory
+    unit: str = ""  # of systemd, if that makes the group
+    stdio_uid: int = 0  # who must be able to open the container's streams again
+    stdio_gid: int = 0
 
 
 def exit_reason(code: int, *, oom_kills: int) -> str:
@@ -51,6 +62,15 @@ def exit_reason(code: int, *, oom_kills: int) -> str:
 def write_state(directory: str, record: StateRecord) -> None:
     """Replace `state.json`. Not fsynced: a machine that loses it has lost the container too."""
     _replace(directory, STATE, msgspec.json.encode(record), durable=False)
+
+
+def read_state(directory: str) -> StateRecord | None:
+    """Return the state record, None if there is none. Raises OSError, msgspec.DecodeError."""
+    try:
+        with open(os.path.join(directory, STATE), "rb") as file:
+            return msgspec.json.decode(file.read(), type=StateRecord)
+    except FileNotFoundError:
+        return None
 
 
 def write_kept(directory: str, data: bytes) -> None:

@@ -18,7 +18,9 @@ import msgspec
 
 from ipc.errors import Code, RemoteError
 from ipc.loop import Loop
+from ipc.messages.monitor import Create
 from workers.monitor.reaper import Reaper
+from workers.monitor.records import StateRecord
 
 LOG_FD = 3  # the runtime's log, in the runtime
 FIRST_EXTRA_FD = 4
@@ -70,6 +72,11 @@ class Runtime:
             *(("--systemd-cgroup",) if self.systemd_cgroup else ()),
             *command,
         ]
+
+
+def runtime_of(named: StateRecord | Create) -> Runtime:
+    """Return the OCI runtime of a container, as its request or its record names it."""
+    return Runtime(named.runtime_path, named.runtime_root, tuple(named.runtime_args), named.systemd_cgroup)
 
 
 @dataclass(frozen=True)
@@ -131,11 +138,18 @@ class OomScore:
 
     LOW = b"-999"
 
-    def __init__(self, path: str = "/proc/self/oom_score_adj") -> None:
+    def __init__(self, path: str = "/proc/self/oom_score_adj", normal: int | None = None) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        with open(path, "rb") as file:
-            self._normal = b"%d" % max(0, int(file.read()))
+        if normal is None:
+            with open(path, "rb") as file:
+                normal = max(0, int(file.read()))
+        self.normal = normal  # what children get; a monitor that was forked low is told it
+        self._normal = b"%d" % normal
         self.lowered = self._set(self.LOW)
+
+    def close(self) -> None:
+        """Leave the score as it is."""
+        os.close(self._fd)
 
     def _set(self, value: bytes) -> bool:
         try:
@@ -170,12 +184,12 @@ class Streams:
 
 
 class Launcher:
-    """Starts runtime calls. One per monitor."""
+    """Starts runtime calls. One per process; `normal_score` as OomScore has it."""
 
-    def __init__(self, loop: Loop, reaper: Reaper) -> None:
+    def __init__(self, loop: Loop, reaper: Reaper, normal_score: int | None = None) -> None:
         self.loop = loop
         self.reaper = reaper
-        self._oom = OomScore()
+        self._oom = OomScore(normal=normal_score)
         self._null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._environment = environment(os.environ)
 

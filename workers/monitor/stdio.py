@@ -127,14 +127,20 @@ class LoggedStream:
     """A container's stdout or stderr on its way into the log."""
 
     def __init__(self, name: str, clock: Clock, file: LogFile) -> None:
+        self.clock = clock
         self._encoder = Encoder(name)
-        self._clock = clock
+        self.label = self._encoder.label  # of a whole line
         self._file = file
+
+    @property
+    def begun(self) -> bool:
+        """True if a line has begun."""
+        return bool(self._encoder.rest)
 
     def take(self, chunk: bytes, more: bool) -> None:
         """Log a chunk."""
-        self._file.write(self._encoder.feed(chunk, self._clock.stamp(), more=more))
+        self._file.write(self._encoder.feed(chunk, self.clock.stamp(), more=more))
 
     def finish(self) -> None:
         """Log what was begun."""
-        self._file.write(self._encoder.finish(self._clock.stamp()))
+        self._file.write(self._encoder.finish(self.clock.stamp()))

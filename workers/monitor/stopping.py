@@ -45,6 +45,11 @@ class Stopper:
         self._killing = False
         self._ended = False
 
+    @property
+    def busy(self) -> bool:
+        """True while something is being stopped."""
+        return not self._ended and (self._killing or self._deadline is not None)
+
     def request(self, number: int, grace: float) -> None:
         """Stop with signal `number`, with SIGKILL after `grace` seconds (0: at once)."""
         if self._ended:

@@ -85,6 +85,11 @@ class Updates:
         self._log = log
         self._queue: deque[tuple[Update, Answer]] = deque()
 
+    @property
+    def busy(self) -> bool:
+        """True while an update is under way."""
+        return bool(self._queue)
+
     def submit(self, request: Update, answer: Answer) -> None:
         """Do it when its turn has come; `answer` is called once."""
         self._queue.append((request, answer))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from ipc.log import Log
 from tests.support.monitor_process import joined
 from workers.monitor.containerlog import ContainerLog
-from workers.monitor.log import LINE_LIMIT, Clock, Encoder, LogFile
+from workers.monitor.log import LINE_LIMIT, Clock, Encoder, LogFile, open_log
 
 STAMP = b"2026-01-02T03:04:05.000000006+01:00"
 RECORD = re.compile(rb"\S+ (?:stdout|stderr) ([FP]) ([^\n]*)\n")
@@ -85,7 +85,7 @@ def test_an_endless_line_is_never_kept_in_memory() -> None:
     encoder = Encoder("stdout")
     for _ in range(10):
         encoder.feed(b"w" * 100_000, STAMP, more=True)
-        assert len(encoder._rest) < LINE_LIMIT
+        assert len(encoder.rest) < LINE_LIMIT
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_the_directory_is_made_for_all_to_enter_and_the_file_for_the_group(
 ) -> None:
     before = os.umask(0o022)
     try:
-        LogFile(str(tmp_path / "a/b/0.log"), said).close()
+        LogFile(open_log(str(tmp_path / "a/b/0.log")), said.warning).close()
     finally:
         os.umask(before)
     assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o755
@@ -133,7 +133,7 @@ def test_the_directory_is_made_for_all_to_enter_and_the_file_for_the_group(
 
 def test_an_existing_log_is_continued(tmp_path: Path, said: ContainerLog) -> None:
     (tmp_path / "0.log").write_bytes(b"old\n")
-    file = LogFile(str(tmp_path / "0.log"), said)
+    file = LogFile(open_log(str(tmp_path / "0.log")), said.warning)
     file.write([b"new\n"])
     file.close()
     assert (tmp_path / "0.log").read_bytes() == b"old\nnew\n"
@@ -165,9 +165,7 @@ def test_whatever_fits_is_whole_records_and_the_rest_is_counted(
 ) -> None:
     path = tmp_path_factory.mktemp("log") / "0.log"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ContainerLog, "error", lambda *_args, **_fields: None)
-        patch.setattr(ContainerLog, "warning", lambda *_args, **_fields: None)
-        file = LogFile(str(path), ContainerLog(Log("monitor"), pod="p", container="c"))
+        file = LogFile(open_log(str(path)))
         disk = Disk(patch, 0)
         for number, record in enumerate(records):
             disk.room = rooms[number % len(rooms)] if rooms else 0
@@ -189,7 +187,7 @@ def test_whatever_fits_is_whole_records_and_the_rest_is_counted(
 def test_a_file_over_the_size_limit_is_counted_too(tmp_path: Path, said: ContainerLog) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    file = LogFile(str(tmp_path / "0.log"), said)
+    file = LogFile(open_log(str(tmp_path / "0.log")), said.warning)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
         file.write([b"abc\ndef\nghi\n"])
@@ -206,19 +204,59 @@ def test_reopen_keeps_the_old_file_when_the_new_one_cannot_be_made(
     tmp_path: Path, said: ContainerLog
 ) -> None:
     path = tmp_path / "d" / "0.log"
-    file = LogFile(str(path), said)
+    file = LogFile(open_log(str(path)), said.warning)
     path.parent.rename(tmp_path / "moved")
     (tmp_path / "d").write_text("in the way")
     with pytest.raises(OSError, match=r"exists|directory"):
-        file.reopen()
+        open_log(str(path))
     file.write([b"still\n"])
     file.close()
     assert (tmp_path / "moved/0.log").read_bytes() == b"still\n"
 
 
-def test_without_a_path_nothing_is_written_and_nothing_fails(said: ContainerLog) -> None:
-    file = LogFile("", said)
+def test_another_file_is_gone_on_in_after_the_record_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = LogFile(open_log(str(tmp_path / "0.log")))
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, 2)
+        file.append(b"abc\ndef\n")
+        disk.room = 100
+        file.replace(open_log(str(tmp_path / "1.log")))
+        assert not file.strained or file.failing
+        file.write([b"ghi\n"])
+    file.close()
+    assert (tmp_path / "0.log").read_bytes() == b"abc\n"
+    assert (tmp_path / "1.log").read_bytes() == b"ghi\n"
+    assert (file.written, file.dropped) == (8, 4)
+
+
+@given(
+    rooms=st.lists(st.integers(0, 60), max_size=12),
+    records=st.lists(st.text("abc", max_size=12).map(lambda t: t.encode() + b"\n"), min_size=1, max_size=30),
+)
+def test_appending_and_writing_leave_the_same(
+    tmp_path_factory: pytest.TempPathFactory, rooms: list[int], records: list[bytes]
+) -> None:
+    left = []
+    for append in (False, True):
+        path = tmp_path_factory.mktemp("log") / "0.log"
+        with pytest.MonkeyPatch.context() as patch:
+            file = LogFile(open_log(str(path)))
+            disk = Disk(patch, 0)
+            for number, record in enumerate(records):
+                disk.room = rooms[number % len(rooms)] if rooms else 100
+                file.append(record) if append and not file.strained else file.write([record])
+            disk.room = 1000
+            file.close()
+        left.append((path.read_bytes(), file.written, file.dropped))
+    assert left[0] == left[1]
+
+
+def test_without_a_file_nothing_is_written_and_nothing_fails() -> None:
+    file = LogFile(-1)
+    assert file.strained
     file.write([b"x\n"])
-    file.reopen()
+    file.replace(-1)
     file.close()
     assert (file.written, file.dropped) == (0, 0)

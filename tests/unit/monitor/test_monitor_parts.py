@@ -416,9 +416,9 @@ def test_v1_adds_the_groups_below(tmp_path: Path) -> None:
     assert oom.count_kills(str(tmp_path / "gone"), 1) is None
 
 
-def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path, loop: Loop) -> None:
+def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path) -> None:
     (tmp_path / oom.V2_FILE).write_bytes(V2)
-    watch = oom.OomWatch(loop, str(tmp_path), 2)
+    watch = oom.OomWatch(str(tmp_path), 2)
     assert watch.kills() == 2
     (tmp_path / oom.V2_FILE).unlink()
     assert watch.kills() == 2
@@ -427,13 +427,13 @@ def test_the_last_count_serves_when_the_group_is_gone(tmp_path: Path, loop: Loop
 
 @pytest.mark.parametrize(("total", "kills"), [(7, 0), (8, 1), (5, 0)])
 def test_a_group_that_vanished_unread_is_told_by_its_parents_counter(
-    tmp_path: Path, loop: Loop, total: int, kills: int
+    tmp_path: Path, total: int, kills: int
 ) -> None:
     group = tmp_path / "container.scope"
     group.mkdir()
     (group / oom.V2_FILE).write_bytes(b"oom_kill 0\n")
     (tmp_path / oom.V2_FILE).write_bytes(b"oom_kill 7\n")
-    watch = oom.OomWatch(loop, str(group), 2, follow=True)
+    watch = oom.OomWatch(str(group), 2, oom.follow(str(group), 2))
     (tmp_path / oom.V2_FILE).write_bytes(f"oom_kill {total}\n".encode())
     (group / oom.V2_FILE).unlink()
     group.rmdir()
@@ -441,8 +441,8 @@ def test_a_group_that_vanished_unread_is_told_by_its_parents_counter(
     watch.close()
 
 
-def test_without_a_memory_group_there_are_no_kills(loop: Loop) -> None:
-    watch = oom.OomWatch(loop, "", 2, follow=True)
+def test_without_a_memory_group_there_are_no_kills() -> None:
+    watch = oom.OomWatch("", 2)
     assert watch.kills() == 0
     watch.close()
 

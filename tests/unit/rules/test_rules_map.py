@@ -38,8 +38,8 @@ CLIENT = re.compile(r"supervisor/cli/bulkheadctl|supervisor/cli/ctl")
 
 #: The files that may fork, and those that may use ctypes or change identity.
 MAY_FORK = {
-    "supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/runtime.py",
-    "workers/network/plugin.py",
+    "supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/keeper.py",
+    "workers/monitor/runtime.py", "workers/network/plugin.py",
 }  # fmt: skip
 MAY_CTYPES = {"ipc/kernel.py", "ipc/confine.py"}
 MAY_SETID = {"ipc/confine.py", "supervisor/podinit.py"}
