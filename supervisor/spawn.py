@@ -110,13 +110,13 @@ def fork(job: Job) -> Child:
 
 def grandchild(work: Callable[[], object], log: Log) -> None:
     """Fork a child for whoever adopts our orphans; `work` runs in it. In few words: they share our memory."""
-    pid = os.fork()
+    pid = kernel.bare_fork()
     if pid:
         os.waitpid(pid, 0)
         return
     status = BUG_STATUS
     try:
-        if os.fork():
+        if kernel.bare_fork():
             os._exit(0)
         work()
         status = 0

@@ -1,20 +1,28 @@
 """Runs in: a process of its own, `python -m tests.support.monitor_parent RUN_ROOT ID...`.
 
-A parent of monitors as small and quiet as the supervisor is meant to be: it loads the monitor, freezes, does
-for each id what the supervisor does, says their pids and then only waits for the end of its input.
+A parent of monitors that is as small as the supervisor is meant to be, with the supervisor's nursery: it
+loads the monitor, freezes, has a monitor forked for each id, says their pids and then only waits for the end
+of its input.
 """
 
 from __future__ import annotations
 
 import fcntl
-import gc
+import importlib
 import os
 import socket
 import sys
+from collections.abc import Sequence
+from typing import Any, cast
 
+from ipc import kernel
 from ipc.log import Log
 from ipc.settings import MonitorSettings
-from workers.monitor import main
+from supervisor import spawn
+from supervisor.nursery import Nursery
+from supervisor.worker import Ground
+
+main = importlib.import_module("workers.monitor.main")
 
 
 class Context:
@@ -25,43 +33,56 @@ class Context:
         self.log = Log("monitor", level="error")
 
 
-def start(context: Context, container_id: str, ground: main.Ground) -> int:
-    """Fork one monitor, return its pid."""
+class Parent:
+    """What a nursery needs of the supervisor."""
+
+    log_socket = ""
+    log = Log("parent")
+
+    @property
+    def reaper(self) -> Parent:
+        return self
+
+    def watch(self, _pid: int, _callback: object) -> None:
+        """Children are not reaped here."""
+
+
+def start(context: Context, container_id: str, nursery: Nursery) -> int:
+    """Have one monitor forked, return its pid."""
     directory = context.settings.monitor_directory(container_id)
     os.makedirs(directory)
     lock_fd = os.open(directory + "/lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock_fd, fcntl.LOCK_EX)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(directory + "/ctl.sock")
-    listener.listen(64)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            main.run(
-                lambda: context,
-                container_id=container_id,
-                pod_id="pod",
-                directory=directory,
-                lock_fd=lock_fd,
-                listener_fd=listener.fileno(),
-                ground=ground,
-            )
-        finally:
-            os._exit(0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(directory + "/ctl.sock")
+        listener.listen(64)
+        pid = nursery.fork([container_id, "pod", directory], [lock_fd, listener.fileno()])
     os.close(lock_fd)
-    listener.close()
     return pid
 
 
 def run(run_root: str, ids: list[str]) -> None:
     """Start them all, wait for the end of input, reap them."""
-    main.preload()
-    ground = main.prepare_process()
-    gc.collect()
-    gc.freeze()
     context = Context(run_root)
+
+    def birth(ground: Any, words: Sequence[str], fds: Sequence[int]) -> None:
+        container_id, pod_id, directory = words
+        main.run(
+            lambda: context,
+            container_id=container_id,
+            pod_id=pod_id,
+            directory=directory,
+            lock_fd=fds[0],
+            listener_fd=fds[1],
+            ground=ground,
+        )
+
+    main.preload()
+    spawn.freeze()
+    kernel.become_subreaper()
+    nursery = Nursery(cast("Ground", Parent()), main.prepare_process, birth)
     for container_id in ids:
-        os.write(1, b"%d\n" % start(context, container_id, ground))
+        os.write(1, b"%d\n" % start(context, container_id, nursery))
     os.close(1)
     os.read(0, 1)
 

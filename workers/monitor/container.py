@@ -39,13 +39,11 @@ from workers.monitor.containerlog import ContainerLog
 from workers.monitor.creation import Born, Creation
 from workers.monitor.ending import DELETE_TIMEOUT
 from workers.monitor.execs import Exec
-from workers.monitor.keeper import CHILD, GONE, STRANGER
-from workers.monitor.link import Link, Taken
-from workers.monitor.log import open_log
+from workers.monitor.link import CHILD, GONE, STRANGER, Link, Taken
 from workers.monitor.oom import Followed, follow
 from workers.monitor.records import StateRecord
 from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, runtime_of
-from workers.monitor.stdio import Owner
+from workers.monitor.stdio import Owner, open_log
 from workers.monitor.stopping import Stopper
 from workers.monitor.updating import Updates
 

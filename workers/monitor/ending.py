@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,11 +19,13 @@ from ipc.loop import Loop
 from ipc.messages.monitor import ExitRecord
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
-from workers.monitor.log import LogFile
 from workers.monitor.oom import OomWatch
 from workers.monitor.records import write_exit
 from workers.monitor.runtime import Launcher, Outcome, Runtime
-from workers.monitor.stdio import Drain, LoggedStream, Source
+from workers.monitor.stdio import Drain, Source
+
+if TYPE_CHECKING:  # only keepers load it (workers/monitor/main.py, prepare_process)
+    from workers.monitor.log import LogFile, LoggedStream
 
 KILL_DELAYS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds
 DELETE_DELAYS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before each further try

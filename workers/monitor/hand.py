@@ -20,7 +20,7 @@ import msgspec
 from ipc.fds import close_all
 from ipc.loop import Loop
 from ipc.messages.monitor import ExitRecord
-from workers.monitor import keeper as k
+from workers.monitor import link as k
 from workers.monitor.container import Container
 from workers.monitor.link import Taken
 

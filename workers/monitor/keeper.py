@@ -3,44 +3,47 @@
 It holds what must not end before the container does: the lock, the socket, the read ends of the output, the
 log, the parenthood of the container's init. It writes the log, reaps, and forks a hand (workers/monitor/
 hand.py) for whoever connects; it decodes no message and knows no runtime. There are as many keepers as
-containers, and a forked Python process dirties a page for nearly every function it runs, since reference
-counts stand in the objects: so this one runs few, says what it means in place, and uses no loop but epoll.
+containers, and a forked Python process dirties a page for nearly every object it uses, since reference
+counts stand in the objects: so this one uses few, says what it means in place, and has no loop but epoll. It
+and workers/monitor/log.py are loaded when all else is, by the process that forks monitors, so that what they
+are made of stands together (ipc/pools.py).
 """
 
 from __future__ import annotations
 
-import _socket
 import contextlib
 import os
 import select
 import signal
-import socket
 import struct
 import time
+from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET, socketpair
 from collections.abc import Callable
 
 from ipc.fds import close_all
-from workers.monitor.log import LINE_LIMIT, Clock, LogFile, Trouble
+from ipc.kernel import bare_fork
+from workers.monitor.link import (
+    ANSWER,
+    CHILD,
+    COUNT,
+    COUNTS,
+    GONE,
+    LEAVE,
+    PACKET,
+    REOPEN,
+    STRANGER,
+    TAKE,
+    TAKEN,
+)
+from workers.monitor.log import LINE_LIMIT, Clock, LogFile, LoggedStream, Trouble
 from workers.monitor.oom import Followed, OomWatch
-from workers.monitor.stdio import READ_BYTES, LoggedStream, waiting_bytes
+from workers.monitor.stdio import READ_BYTES, waiting_bytes
 
 WARMING = 24  # runs after which CPython 3.11 has specialised what it will
 UNUSED = 600.0  # seconds that a keeper waits for its container
 NEWLINE = 0x0A
-PACKET = 8 * 1024  # bytes of what keeper and hands say
-
-#: From a hand: take these descriptors and this init; here is the log file anew; how much was logged; the end
-#: may go on; there is nothing to keep. To a hand: the answer; the init ended; the record; all is over.
-TAKE, REOPEN, COUNT, GO, LEAVE = b"T", b"R", b"C", b"G", b"L"
-ANSWER, ENDED, RECORD, OVER = b"A", b"E", b"X", b"O"
-#: As link.Taken has it, and in the order of the descriptors.
-TAKEN = struct.Struct("<iBBBBBq")
-COUNTS = struct.Struct("<QQ")
-MOMENT = struct.Struct("<q")
-CHILD, STRANGER, GONE = range(
-    3
-)  # the init is ours, somebody else's (a pidfd comes along), or was gone at once
-_FDS = socket.CMSG_SPACE(8 * 4)
+EPOLLIN, EPOLLPRI = select.EPOLLIN, select.EPOLLPRI
+_FDS = CMSG_SPACE(8 * 4)
 
 
 class Keeper:
@@ -49,6 +52,12 @@ class Keeper:
 
     `hand` is run in a forked child and does not return; `trouble` logs what goes wrong.
     """
+
+    __slots__ = (
+        "_early", "_epoll", "_hand", "_ready", "code", "file", "finished_ns", "hand_pid", "hands_link",
+        "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd", "streams",
+        "taken", "wake_fd", "wakeup_fd",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.streams: dict[int, LoggedStream] = {}  # those that are open, by descriptor
@@ -76,7 +85,7 @@ class Keeper:
         self._hand = hand
         self.file.trouble = trouble
         # The C type: the class above it costs a quarter of what the keeper may have.
-        self.link, self.hands_link = _socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link, self.hands_link = socketpair(AF_UNIX, SOCK_SEQPACKET)
         self.wake_fd, self.wakeup_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll = select.epoll()
 
@@ -86,7 +95,7 @@ class Keeper:
         link = self.link.fileno()
         signal.set_wakeup_fd(self.wakeup_fd, warn_on_full_buffer=False)
         for fd in (self.listener, self.wake_fd, link):
-            epoll.register(fd, select.EPOLLIN)
+            epoll.register(fd, EPOLLIN)
         while not self.finished_ns:
             events = epoll.poll(-1 if self.taken else UNUSED)
             for fd, _ in events:
@@ -135,7 +144,7 @@ class Keeper:
                     self.hand_pid = 0
                     if status:
                         self._forget_answers()
-                    self._epoll.register(self.listener, select.EPOLLIN)
+                    self._epoll.register(self.listener, EPOLLIN)
                 elif pid == self.init_pid:
                     self.finished_ns, self.code = time.time_ns(), os.waitstatus_to_exitcode(status)
                 elif not self.taken:
@@ -153,7 +162,7 @@ class Keeper:
     def _fork(self) -> None:
         """Somebody connects: leave him and the socket to a hand until that ends."""
         self._epoll.unregister(self.listener)
-        self.hand_pid = os.fork()
+        self.hand_pid = bare_fork()
         if not self.hand_pid:
             self._hand(self)
             os._exit(0)
@@ -173,7 +182,7 @@ class Keeper:
 
     def hear(self) -> tuple[bytes, bytes, list[int]]:
         """Return what a hand says: kind, text, descriptors."""
-        data, ancillary, _, _ = self.link.recvmsg(PACKET, _FDS, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self.link.recvmsg(PACKET, _FDS, MSG_CMSG_CLOEXEC)
         raw = ancillary[0][2] if ancillary else b""
         return data[:1], data[1:], list(struct.unpack(f"{len(raw) // 4}i", raw))
 
@@ -186,14 +195,14 @@ class Keeper:
             self.stdin_fd = fds.pop(0)
         if kin == STRANGER:
             self.init_fd = fds.pop(0)
-            self._epoll.register(self.init_fd, select.EPOLLIN)
+            self._epoll.register(self.init_fd, EPOLLIN)
         if oom:
             self._follow_oom(OomWatch(data[TAKEN.size :].decode(), oom, Followed(fds[:oom_fds], others)))
             del fds[:oom_fds]
         for fd in fds:  # a terminal is one
             self.streams[fd] = self._ready.pop(0)
             self.outputs.append(self.streams[fd])
-            self._epoll.register(fd, select.EPOLLIN)
+            self._epoll.register(fd, EPOLLIN)
         self.taken = True
         if pid in self._early:
             self.finished_ns, self.code = self._early[pid]
@@ -206,7 +215,7 @@ class Keeper:
     def _follow_oom(self, oom: OomWatch) -> None:
         self.oom = oom
         for fd in oom.event_fds:
-            self._epoll.register(fd, select.EPOLLPRI if oom.version == 2 else select.EPOLLIN)
+            self._epoll.register(fd, EPOLLPRI if oom.version == 2 else EPOLLIN)
 
     def _look(self, fd: int) -> None:
         """Something rare: the end of an init that is somebody else's, a change of the OOM count."""
@@ -240,7 +249,7 @@ def _keep_nothing() -> None:
         os.write(write_fd, b"first\nsecond\n")
         os.close(write_fd)
     fds = [os.memfd_create("log", os.MFD_CLOEXEC), ended, *(read_fd for read_fd, _ in outputs)]
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+    rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
     keeper.hands_link.sendmsg([TAKE + TAKEN.pack(0, STRANGER, False, True, 0, 0, -1)], rights)
     close_all(fds)
     os.write(keeper.wakeup_fd, b"\0")

@@ -11,24 +11,27 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ipc.loop import Loop
 from ipc.messages.monitor import ExitRecord
-from workers.monitor import keeper as k
+from workers.monitor import link as k
 from workers.monitor import records
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.ending import Ending, Remains
-from workers.monitor.keeper import Keeper
 from workers.monitor.link import Taken
 from workers.monitor.oom import OomWatch
 from workers.monitor.reaper import exit_code
 from workers.monitor.records import StateRecord
 from workers.monitor.runtime import Launcher, runtime_of, start_exit_code
 from workers.monitor.stdio import Source
+
+if TYPE_CHECKING:
+    from workers.monitor.keeper import Keeper
 
 UNKNOWN = -1  # exit code of an init that was never our child
 FAREWELL = 5.0  # seconds that a hand has to tell the record to those who wait

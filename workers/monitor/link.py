@@ -1,12 +1,27 @@
 """Runs in: the monitor.
 
-What a container, in a hand, says to its keeper. At the container's end the keeper itself answers.
+What a container, in a hand, and its keeper say to each other, over a socketpair. At the container's end the
+keeper itself answers.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
+
+PACKET = 8 * 1024  # bytes of what keeper and hands say
+
+#: From a hand: take these descriptors and this init; here is the log file anew; how much was logged; the end
+#: may go on; there is nothing to keep. To a hand: the answer; the init ended; the record; all is over.
+TAKE, REOPEN, COUNT, GO, LEAVE = b"T", b"R", b"C", b"G", b"L"
+ANSWER, ENDED, RECORD, OVER = b"A", b"E", b"X", b"O"
+#: As link.Taken has it, and in the order of the descriptors.
+TAKEN = struct.Struct("<iBBBBBq")
+COUNTS = struct.Struct("<QQ")
+MOMENT = struct.Struct("<q")
+#: The init is the keeper's child, somebody else's (a pidfd comes along), or was gone at once.
+CHILD, STRANGER, GONE = range(3)
 
 
 class Taken(NamedTuple):

@@ -15,9 +15,6 @@ from collections.abc import Callable
 
 LINE_LIMIT = 16 * 1024  # bytes of text in one record, as the other runtimes have it
 Records = list[bytes | memoryview]  # buffers that make up whole records, for one writev
-FILE_MODE = 0o640
-DIRECTORY_MODE = 0o755
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
 
 Trouble = Callable[..., object]  # an event and its fields, as in ipc.log
@@ -25,6 +22,8 @@ Trouble = Callable[..., object]  # an event and its fields, as in ipc.log
 
 class Clock:
     """Makes time stamps; the part down to the second is made once a second."""
+
+    __slots__ = ("_head", "_second", "_zone")
 
     def __init__(self) -> None:
         self._second = -1
@@ -49,6 +48,8 @@ class Clock:
 
 class Encoder:
     """One stream's bytes in, whole records out."""
+
+    __slots__ = ("_partial", "label", "rest")
 
     def __init__(self, stream: str) -> None:
         self.label = f" {stream} F ".encode()
@@ -115,10 +116,12 @@ def _say_nothing(_event: str, **_fields: object) -> None:
 
 
 class LogFile:
-    """A file that `open_log` opened, -1 for none. Takes it over.
+    """A file that `stdio.open_log` opened, -1 for none. Takes it over.
 
     `written` and `dropped` count bytes of records. `failing`: the last bytes could not be written.
     """
+
+    __slots__ = ("_fd", "_torn", "dropped", "failing", "trouble", "written")
 
     def __init__(self, fd: int, trouble: Trouble = _say_nothing) -> None:
         self.written = 0
@@ -220,7 +223,26 @@ class LogFile:
         self._fd = -1
 
 
-def open_log(path: str) -> int:
-    """Open the log file, make it and its directory if they are not there. Raises OSError."""
-    os.makedirs(os.path.dirname(path), mode=DIRECTORY_MODE, exist_ok=True)
-    return os.open(path, _FLAGS, FILE_MODE)
+class LoggedStream:
+    """A container's stdout or stderr on its way into the log."""
+
+    __slots__ = ("_encoder", "_file", "clock", "label")
+
+    def __init__(self, name: str, clock: Clock, file: LogFile) -> None:
+        self.clock = clock
+        self._encoder = Encoder(name)
+        self.label = self._encoder.label  # of a whole line
+        self._file = file
+
+    @property
+    def begun(self) -> bool:
+        """True if a line has begun."""
+        return bool(self._encoder.rest)
+
+    def take(self, chunk: bytes, more: bool) -> None:
+        """Log a chunk."""
+        self._file.write(self._encoder.feed(chunk, self.clock.stamp(), more=more))
+
+    def finish(self) -> None:
+        """Log what was begun."""
+        self._file.write(self._encoder.finish(self.clock.stamp()))

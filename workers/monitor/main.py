@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ipc import kernel, wire
+from ipc import kernel, pools, wire
 from ipc.errors import RemoteError
 from ipc.log import Log
 from ipc.loop import Loop
@@ -29,12 +30,14 @@ from ipc.table import ROOT, Handler, Handlers, table
 from workers.monitor import hand
 from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
-from workers.monitor.keeper import Keeper, warm_up
 from workers.monitor.lastact import LastAct
 from workers.monitor.link import Link
 from workers.monitor.procfs import signal_number
 from workers.monitor.reaper import Reaper
 from workers.monitor.runtime import Launcher, OomScore
+
+if TYPE_CHECKING:
+    from workers.monitor.keeper import Keeper
 
 CALLERS = frozenset({"cri", ROOT})
 MAX_REQUESTS = 256
@@ -145,28 +148,34 @@ def preload() -> None:
 
 @dataclass
 class Ground:
-    """What a monitor inherits: its parts, which have nothing yet."""
+    """What a monitor inherits: its parts, which have nothing yet, and what stops the holes around them."""
 
     monitor: Monitor
     keeper: Keeper
+    fillers: list[object]
 
 
 def prepare_process() -> Ground:
     """What all monitors have in common: once, in whoever forks nothing but them, or in one alone."""
+    gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, _woken)
+    # SIGCHLD only wakes, through the wake-up descriptor; a handler in C has neither code nor frame to dirty.
+    signal.signal(signal.SIGCHLD, operator.is_)
     os.umask(0o022)
     os.chdir("/")
     score = OomScore()
     score.close()
+    gc.collect()
+    fillers = pools.fill()
+    from workers.monitor.keeper import Keeper, warm_up  # not before: what a keeper uses is to stand together
+
     warm_up()
-    gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
-    return Ground(Monitor(score.normal), Keeper())
-
-
-def _woken(_number: int, _frame: object) -> None:
-    """SIGCHLD only wakes, through the wake-up descriptor."""
+    gc.collect()
+    fillers += pools.fill()
+    ground = Ground(Monitor(score.normal), Keeper(), fillers)
+    gc.freeze()
+    return ground
 
 
 def run(
@@ -179,13 +188,12 @@ def run(
     listener_fd: int,
     ground: Ground | None = None,
 ) -> None:
-    """A monitor's life. `lock_fd` is held to its end: that is how others see that it lives.
+    """A monitor's life. `lock_fd`, close-on-exec, is held to its end: that is how others see that it lives.
 
     `context` is called where it is needed, not in a keeper. `ground`: what `prepare_process` returned in the
     process that forked this one, None if it is yet to be called.
     """
     ground = ground or prepare_process()
-    os.set_inheritable(lock_fd, False)
     kernel.bare_prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     monitor, keeper = ground.monitor, ground.keeper
     monitor.make_context = context

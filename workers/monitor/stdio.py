@@ -16,12 +16,14 @@ import termios
 from collections.abc import Callable, Sequence
 
 from ipc.loop import Loop, Timer
-from workers.monitor.log import Clock, Encoder, LogFile
 
 PIPE_BYTES = 256 * 1024
 READ_BYTES = 64 * 1024  # at once: with its records it stays below what malloc maps and unmaps each time
 QUIET = 0.25  # seconds without a byte after which a drained source is given up
 DRAIN_LIMIT = 2.0  # seconds of draining, bytes or not
+LOG_MODE = 0o640
+DIRECTORY_MODE = 0o755
+_LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _INT = struct.Struct("i")
 
 Take = Callable[[bytes, bool], object]
@@ -123,24 +125,7 @@ class Drain:
         return min(quiet_until, self._since + DRAIN_LIMIT) - self._loop.time()
 
 
-class LoggedStream:
-    """A container's stdout or stderr on its way into the log."""
-
-    def __init__(self, name: str, clock: Clock, file: LogFile) -> None:
-        self.clock = clock
-        self._encoder = Encoder(name)
-        self.label = self._encoder.label  # of a whole line
-        self._file = file
-
-    @property
-    def begun(self) -> bool:
-        """True if a line has begun."""
-        return bool(self._encoder.rest)
-
-    def take(self, chunk: bytes, more: bool) -> None:
-        """Log a chunk."""
-        self._file.write(self._encoder.feed(chunk, self.clock.stamp(), more=more))
-
-    def finish(self) -> None:
-        """Log what was begun."""
-        self._file.write(self._encoder.finish(self.clock.stamp()))
+def open_log(path: str) -> int:
+    """Open the log file, make it and its directory if they are not there. Raises OSError."""
+    os.makedirs(os.path.dirname(path), mode=DIRECTORY_MODE, exist_ok=True)
+    return os.open(path, _LOG_FLAGS, LOG_MODE)

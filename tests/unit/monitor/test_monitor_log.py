@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ipc.log import Log
 from tests.support.monitor_process import joined
 from workers.monitor.containerlog import ContainerLog
-from workers.monitor.log import LINE_LIMIT, Clock, Encoder, LogFile, open_log
+from workers.monitor.log import LINE_LIMIT, Clock, Encoder, LogFile
+from workers.monitor.stdio import open_log
 
 STAMP = b"2026-01-02T03:04:05.000000006+01:00"
 RECORD = re.compile(rb"\S+ (?:stdout|stderr) ([FP]) ([^\n]*)\n")

@@ -44,7 +44,7 @@ MAY_FORK = {
 MAY_CTYPES = {"ipc/kernel.py", "ipc/confine.py"}
 MAY_SETID = {"ipc/confine.py", "supervisor/podinit.py"}
 SETID = {"setuid", "setgid", "setresuid", "setresgid", "setreuid", "setregid", "setgroups", "initgroups"}
-FORKS = {"fork", "forkpty", "posix_spawn", "posix_spawnp"}
+FORKS = {"fork", "bare_fork", "forkpty", "posix_spawn", "posix_spawnp"}
 
 #: Files over 600 lines and the reason.
 LONG: dict[str, str] = {}
