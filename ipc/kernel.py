@@ -40,7 +40,7 @@ _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_bare = ctypes.PyDLL(None)
+_bare_prctl, _bare_fork = ctypes.PyDLL(None).prctl, ctypes.PyDLL(None).fork
 
 
 def _check(result: int, what: str) -> int:
@@ -142,7 +142,7 @@ def die_with_parent(signal_number: int, parent: int) -> None:
 def bare_prctl(option: int, arg2: int = 0) -> None:
     """prctl(2) with nothing around it, for what must execute little: ctypes dirties a third of a megabyte
     for the argument objects of the other one. Raises OSError without an errno."""
-    if _bare.prctl(option, arg2, 0, 0, 0) < 0:
+    if _bare_prctl(option, arg2, 0, 0, 0) < 0:
         raise OSError(f"prctl {option} failed")
 
 
@@ -152,7 +152,7 @@ def bare_fork() -> int:
     Only for a process with one thread, whose children have one: no lock is held by anybody else then.
     Raises OSError without an errno.
     """
-    pid = int(_bare.fork())
+    pid = int(_bare_fork())
     if pid < 0:
         raise OSError("fork failed")
     return pid

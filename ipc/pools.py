@@ -13,17 +13,31 @@ HEADER = 48  # bytes of a pool before its first object
 LARGEST = 512  # bytes of an object that stands in a pool
 STEP = 16
 LIMIT = 1 << 15  # objects of one size: more holes than this are left
+#: Of what pools do not take, code above all.
+HEAP_SIZES = (8192, 4096, 2048, 1536, 1280, 1024, 896, 768, 640, 576, 520)
+HEAP_LIMIT = 1 << 20  # bytes of each
 
 
 def fill() -> list[object]:
     """Return objects that fill all holes, to be kept."""
     kept: list[object] = []
+    end = id(bytes(64 * 1024))  # larger than most holes, smaller than what malloc maps: at the heap's end
+    for size in HEAP_SIZES:
+        _fill_heap(size, end, kept)
     for size in range(2 * STEP, LARGEST + 1, STEP):
-        _fill(size, kept)
+        _fill_pools(size, kept)
     return kept
 
 
-def _fill(size: int, kept: list[object]) -> None:
+def _fill_heap(size: int, end: int, kept: list[object]) -> None:
+    for _ in range(HEAP_LIMIT // size):
+        filler = bytes(size)
+        kept.append(filler)
+        if id(filler) >= end:
+            return
+
+
+def _fill_pools(size: int, kept: list[object]) -> None:
     empty = bytes(0).__sizeof__()
     for number in range(LIMIT):
         # An int of two digits is the one thing of 32 bytes that no free list hands out.

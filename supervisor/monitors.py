@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from ipc import channel
@@ -49,9 +48,10 @@ class Monitors:
         self._cri = cri
         self._tally = tally
         self._root = f"{settings().run_root}/monitors"
-        self._module = importlib.import_module(entry.module)  # preloaded
+        module = importlib.import_module(entry.module)  # preloaded
+        self._run = module.run
         self._nursery_settings: MonitorSettings | None = None
-        self._nursery = Nursery(ground, self._module.prepare_process, self._birth)
+        self._nursery = Nursery(ground, module.prepare_process, self._birth)
 
     def start(self, container_id: str, pod_id: str) -> int:
         """Return the pid of the container's monitor, forked now if none lives.
@@ -83,7 +83,7 @@ class Monitors:
             if settings != self._nursery_settings:  # a reload changed them
                 self._nursery.close()
                 self._nursery_settings = settings
-            pid = self._nursery.fork([container_id, pod_id, directory], [lock_fd, listener.fileno()])
+            pid = self._nursery.fork([container_id, pod_id, directory], (lock_fd, listener.fileno()))
         started = self._ground.loop.time()
         self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
         held.write_holder(lock_fd, pid)
@@ -98,20 +98,10 @@ class Monitors:
             self._ground.groups.make(self._ground.groups.monitors)
             self._ground.groups.enter(self._ground.groups.monitors, pid)
 
-    def _birth(self, ground: Any, words: Sequence[str], fds: Sequence[int]) -> None:
-        """A monitor's life, in the child. What is imported was loaded before."""
-        container_id, pod_id, directory = words
-        lock_fd, listener_fd = fds
-        set_title(f"bulkhead: monitor {container_id[:SHORT_ID]}")
-        self._module.run(
-            partial(self._context, container_id),
-            container_id=container_id,
-            pod_id=pod_id,
-            directory=directory,
-            lock_fd=lock_fd,
-            listener_fd=listener_fd,
-            ground=ground,
-        )
+    def _birth(self, ground: Any, words: Sequence[str], fds: tuple[int, int]) -> None:
+        """A monitor's life, in the child."""
+        set_title("bulkhead: monitor " + words[0][:SHORT_ID])
+        self._run(self._context, words, fds, ground)
 
     def _context(self, container_id: str) -> spawn.WorkerContext:
         settings = self._nursery_settings

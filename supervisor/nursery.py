@@ -8,14 +8,16 @@ the supervisor's child. It ends with the supervisor; when it fails, the next mon
 
 from __future__ import annotations
 
-import array
+import contextlib
 import os
 import select
+import signal
 import socket
+import struct
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
+from ipc.kernel import bare_fork
 from ipc.log import Log
 from supervisor import spawn
 from supervisor.worker import Ground
@@ -23,9 +25,12 @@ from supervisor.worker import Ground
 ANSWER_TIMEOUT = 10.0  # seconds; the supervisor waits for it
 WORDS_LIMIT = 4096
 _PID_LIMIT = 16
+_FDS = struct.Struct("2i")
+_ROOM = socket.CMSG_SPACE(_FDS.size)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
-#: What a child does: with the words and the descriptors of its request, and what was prepared.
-Birth = Callable[[Any, Sequence[str], Sequence[int]], object]
+#: What a child does: with what was prepared, the words and the two descriptors of its request.
+Birth = Callable[[Any, Sequence[str], tuple[int, int]], object]
 
 
 class Nursery:
@@ -38,27 +43,42 @@ class Nursery:
         self._sock: socket.socket | None = None
         self._pid = 0
 
-    def fork(self, words: Sequence[str], fds: Sequence[int]) -> int:
+    def fork(self, words: Sequence[str], fds: tuple[int, int]) -> int:
         """Return the pid of a new child, which gets the words and the descriptors. Raises OSError."""
-        if self._sock is None:
-            self._open()
-        assert self._sock is not None
-        try:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            self._sock.sendmsg(["\0".join(words).encode()], rights)
-            if not select.select([self._sock], [], [], ANSWER_TIMEOUT)[0]:
-                raise TimeoutError("the nursery does not answer")
-            return int(self._sock.recv(_PID_LIMIT))
-        except (OSError, ValueError) as error:
-            self.close()
-            raise OSError(f"the nursery has failed: {error}") from error
+        pid = self._ask(words, fds) or self._ask(words, fds)  # one that is dead gets a successor at once
+        if not pid:
+            raise OSError("two nurseries died over a request")
+        return pid
 
-    def _open(self) -> None:
+    def _ask(self, words: Sequence[str], fds: tuple[int, int]) -> int:
+        """Return the pid; 0 if the nursery has died, and then no child was born: it would hold the socket."""
+        sock = self._sock or self._open()
+        try:
+            sock.sendmsg(
+                ["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FDS.pack(*fds))]
+            )
+            if not select.select([sock], [], [], ANSWER_TIMEOUT)[0]:
+                self.kill()
+                raise TimeoutError("the nursery does not answer")
+            answer = sock.recv(_PID_LIMIT)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = b""
+        if not answer:
+            self.close()
+        return int(answer or 0)
+
+    def kill(self) -> None:
+        """End it though it hangs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
+        self.close()
+
+    def _open(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log = Log("nursery", sink=self._ground.log_socket)
 
         def work() -> None:
-            _nurse(theirs, self._prepare(), self._birth, log)
+            _nurse(theirs, self._prepare, self._birth, log)
 
         with theirs:
             child = spawn.fork(spawn.Job("bulkhead: nursery", work, log, [theirs.fileno()]))
@@ -66,6 +86,7 @@ class Nursery:
         self._ground.reaper.watch(child.pid, lambda code: self._ended(child.pid, code))
         child.open_gate()
         self._sock = ours
+        return ours
 
     def _ended(self, pid: int, code: int) -> None:
         self._ground.log.warning("nursery ended", pid_of=pid, code=code)
@@ -80,25 +101,35 @@ class Nursery:
             self._pid = 0
 
 
-def _nurse(sock: socket.socket, prepared: Any, birth: Birth, log: Log) -> None:
-    """The nursery's life: one request after the other, until the supervisor closes."""
+def _nurse(sock: socket.socket, prepare: Callable[[], Any], birth: Birth, log: Log) -> None:
+    """The nursery's life: one request after the other, until the supervisor closes.
+
+    In one function and few words: whatever it touches, no two of its children share.
+    """
     spawn.freeze()
+    prepared = prepare()
     sock.setblocking(True)
-    room = socket.CMSG_SPACE(4 * 4)
+    receive, send, sock_fd = sock.recvmsg, sock.send, sock.fileno()
     while True:
-        data, ancillary, _, _ = sock.recvmsg(WORDS_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
         if not data:
             return
-        fds = list(memoryview(ancillary[0][2]).cast("i"))
-        spawn.grandchild(partial(_born, sock, data, fds, lambda words, fds: birth(prepared, words, fds)), log)
-        for fd in fds:
-            os.close(fd)
-
-
-def _born(
-    sock: socket.socket, data: bytes, fds: list[int], birth: Callable[[list[str], list[int]], object]
-) -> None:
-    sock.send(b"%d" % os.getpid())
-    os.close(sock.fileno())
-    os.setsid()
-    birth(data.decode().split("\0"), fds)
+        fds = _FDS.unpack(ancillary[0][2])
+        pid = bare_fork()
+        if pid:
+            os.waitpid(pid, 0)
+            os.close(fds[0])
+            os.close(fds[1])
+            continue
+        status = spawn.BUG_STATUS
+        try:
+            if bare_fork():
+                os._exit(0)
+            send(b"%d" % os.getpid())
+            os.close(sock_fd)
+            birth(prepared, data.decode().split("\0"), fds)
+            status = 0
+        except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+            log.bug("process ended by a bug", error)
+        finally:
+            os._exit(status)

@@ -108,24 +108,6 @@ def fork(job: Job) -> Child:
     return Child(pid, gate_write)
 
 
-def grandchild(work: Callable[[], object], log: Log) -> None:
-    """Fork a child for whoever adopts our orphans; `work` runs in it. In few words: they share our memory."""
-    pid = kernel.bare_fork()
-    if pid:
-        os.waitpid(pid, 0)
-        return
-    status = BUG_STATUS
-    try:
-        if kernel.bare_fork():
-            os._exit(0)
-        work()
-        status = 0
-    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-        log.bug("process ended by a bug", error)
-    finally:
-        os._exit(status)
-
-
 def _child(job: Job, gate_fd: int, parent: int) -> None:
     status = BUG_STATUS
     try:

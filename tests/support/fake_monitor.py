@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,11 @@ def prepare_process() -> None:
 
 
 def run(
-    context: Callable[[], Any],
-    *,
-    container_id: str,
-    pod_id: str,
-    directory: str,
-    lock_fd: int,
-    listener_fd: int,
-    ground: None = None,
+    make_context: Callable[[str], Any], names: Sequence[str], fds: tuple[int, int], ground: None = None
 ) -> None:
+    container_id, pod_id, directory = names
+    lock_fd, listener_fd = fds
+    context = make_context(container_id)
     loop = Loop()
     listener = socket.socket(fileno=listener_fd)
 
@@ -51,7 +47,7 @@ def run(
         loop.call_later(0.05, loop.stop)
 
     handlers = table(Handler(monitor.StateGet, state, CALLERS), Handler(monitor.Delete, delete, CALLERS))
-    Server(loop, handlers, context().settings.uids).listen(listener)
-    context().log.info("fake monitor runs", container=container_id)
+    Server(loop, handlers, context.settings.uids).listen(listener)
+    context.log.info("fake monitor runs", container=container_id)
     assert os.fstat(lock_fd)
     loop.run()

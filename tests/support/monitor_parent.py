@@ -56,7 +56,7 @@ def start(context: Context, container_id: str, nursery: Nursery) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(directory + "/ctl.sock")
         listener.listen(64)
-        pid = nursery.fork([container_id, "pod", directory], [lock_fd, listener.fileno()])
+        pid = nursery.fork([container_id, "pod", directory], (lock_fd, listener.fileno()))
     os.close(lock_fd)
     return pid
 
@@ -65,17 +65,11 @@ def run(run_root: str, ids: list[str]) -> None:
     """Start them all, wait for the end of input, reap them."""
     context = Context(run_root)
 
-    def birth(ground: Any, words: Sequence[str], fds: Sequence[int]) -> None:
-        container_id, pod_id, directory = words
-        main.run(
-            lambda: context,
-            container_id=container_id,
-            pod_id=pod_id,
-            directory=directory,
-            lock_fd=fds[0],
-            listener_fd=fds[1],
-            ground=ground,
-        )
+    def make_context(_container_id: str) -> Context:
+        return context
+
+    def birth(ground: Any, words: Sequence[str], fds: tuple[int, int]) -> None:
+        main.run(make_context, words, fds, ground)
 
     main.preload()
     spawn.freeze()

@@ -132,12 +132,9 @@ class MonitorProcess:
             for target, source in ((0, null), (1, said), (2, said)):
                 os.dup2(source, target)
             monitor_main.run(
-                lambda: MonitorContext(settings),
-                container_id=self.id,
-                pod_id="pod",
-                directory=str(self.directory),
-                lock_fd=lock_fd,
-                listener_fd=listener.fileno(),
+                lambda _container_id: MonitorContext(settings),
+                (self.id, "pod", str(self.directory)),
+                (lock_fd, listener.fileno()),
             )
             code = 0
         finally:

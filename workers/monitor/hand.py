@@ -25,6 +25,7 @@ from workers.monitor.container import Container
 from workers.monitor.link import Taken
 
 FIRST_WAIT = 1.0  # seconds for the connection it was forked for; it may be gone again
+PATIENCE = 20  # seconds that its loop may stand still (a path on a dead mount, say) before the kernel ends it
 
 
 class KeeperLink:

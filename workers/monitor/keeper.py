@@ -13,12 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import struct
-import time
-from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET, socketpair
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    SCM_RIGHTS,
+    SOCK_NONBLOCK,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+    socketpair,
+)
 from collections.abc import Callable
+from os import WNOHANG, close, read, waitpid, waitstatus_to_exitcode
+from select import EPOLLIN, EPOLLPRI, epoll
+from signal import set_wakeup_fd
+from time import time_ns
 
 from ipc.fds import close_all
 from ipc.kernel import bare_fork
@@ -39,16 +50,18 @@ from workers.monitor.log import LINE_LIMIT, Clock, LogFile, LoggedStream, Troubl
 from workers.monitor.oom import Followed, OomWatch
 from workers.monitor.stdio import READ_BYTES, waiting_bytes
 
-WARMING = 24  # runs after which CPython 3.11 has specialised what it will
+REHEARSALS = 24  # after which CPython 3.11 has specialised what it will
 UNUSED = 600.0  # seconds that a keeper waits for its container
 NEWLINE = 0x0A
-EPOLLIN, EPOLLPRI = select.EPOLLIN, select.EPOLLPRI
-_FDS = CMSG_SPACE(8 * 4)
+ENDED_CHILD = bytes((signal.SIGCHLD,))  # what the interpreter's handler writes into hands_link
+_FDS = struct.Struct("8i")
+_ROOM = CMSG_SPACE(_FDS.size)
+_LINK = SOCK_SEQPACKET | SOCK_NONBLOCK
 
 
 class Keeper:
-    """What is kept. Made before the fork, of which `open` is the child's part: what many of them have before
-    they begin stands in shared pages, or at least together.
+    """What is kept. Made before the fork, `keep` is the child's part: what many of them have before they
+    begin stands in shared pages, or at least together.
 
     `hand` is run in a forked child and does not return; `trouble` logs what goes wrong.
     """
@@ -56,13 +69,13 @@ class Keeper:
     __slots__ = (
         "_early", "_epoll", "_hand", "_ready", "code", "file", "finished_ns", "hand_pid", "hands_link",
         "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd", "streams",
-        "taken", "wake_fd", "wakeup_fd",
+        "taken",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
         self.streams: dict[int, LoggedStream] = {}  # those that are open, by descriptor
         self.outputs: list[LoggedStream] = []
-        self.file = LogFile(-1)
+        self.file = LogFile(-1, trouble)
         self.stdin_fd = -1
         self.oom = OomWatch("", 0)
         self.hand_pid = 0
@@ -73,31 +86,26 @@ class Keeper:
         self.finished_ns = 0
         self.leaving = False
         self.listener = -1
-        self.wake_fd = self.wakeup_fd = -1
         self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
         clock = Clock()
         self._ready = [LoggedStream(name, clock, self.file) for name in ("stdout", "stderr")]
-        self._hand: Callable[[Keeper], object]
-
-    def open(self, listener: int, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
-        """Make what is this process's own. Raises OSError."""
-        self.listener = listener
         self._hand = hand
-        self.file.trouble = trouble
-        # The C type: the class above it costs a quarter of what the keeper may have.
-        self.link, self.hands_link = socketpair(AF_UNIX, SOCK_SEQPACKET)
-        self.wake_fd, self.wakeup_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._epoll = select.epoll()
 
-    def keep(self) -> bool:
-        """Keep until the container's init has ended: True; False if there is nothing to be kept."""
-        epoll, streams, read = self._epoll, self.streams, os.read
-        link = self.link.fileno()
-        signal.set_wakeup_fd(self.wakeup_fd, warn_on_full_buffer=False)
-        for fd in (self.listener, self.wake_fd, link):
-            epoll.register(fd, EPOLLIN)
+    def keep(self, listener: int) -> bool:
+        """Keep until the container's init has ended: True; False if there is nothing to be kept.
+
+        Raises OSError while it makes what is this process's own.
+        """
+        self.listener = listener
+        # The C type: the class above it costs a quarter of what the keeper may have.
+        self.link, self.hands_link = socketpair(AF_UNIX, _LINK)
+        set_wakeup_fd(self.hands_link.fileno())
+        self._epoll = poller = epoll()
+        streams, link = self.streams, self.link.fileno()
+        poller.register(listener, EPOLLIN)
+        poller.register(link, EPOLLIN)
         while not self.finished_ns:
-            events = epoll.poll(-1 if self.taken else UNUSED)
+            events = poller.poll(-1 if self.taken else UNUSED)
             for fd, _ in events:
                 if fd in streams:
                     try:
@@ -107,12 +115,10 @@ class Keeper:
                     except OSError:  # EIO: the last process left the terminal
                         chunk = b""
                     self._log(fd, chunk)
-                elif fd == self.wake_fd:
-                    self._reap()
-                elif fd == self.listener:
-                    self._fork()
                 elif fd == link:
                     self._obey()
+                elif fd == listener:
+                    self._fork()
                 else:
                     self._look(fd)
             if not self.hand_pid and (self.leaving or not events):
@@ -124,7 +130,7 @@ class Keeper:
         stream, file = self.streams[fd], self.file
         if not chunk:
             self._epoll.unregister(fd)
-            os.close(fd)
+            close(fd)
             del self.streams[fd]
         elif stream.begun or file.strained or len(chunk) > LINE_LIMIT or chunk[-1] != NEWLINE:
             stream.take(chunk, chunk[-1] != NEWLINE and waiting_bytes(fd) > 0)
@@ -134,27 +140,26 @@ class Keeper:
 
     def _reap(self) -> None:
         """Reap whatever has ended: a zombie in the container's PID namespace keeps its init from dying."""
-        os.read(self.wake_fd, 512)
         try:
             while True:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = waitpid(-1, WNOHANG)
                 if not pid:
                     return
                 if pid == self.hand_pid:
                     self.hand_pid = 0
                     if status:
-                        self._forget_answers()
+                        self._mourn(status)
                     self._epoll.register(self.listener, EPOLLIN)
                 elif pid == self.init_pid:
-                    self.finished_ns, self.code = time.time_ns(), os.waitstatus_to_exitcode(status)
+                    self.finished_ns, self.code = time_ns(), waitstatus_to_exitcode(status)
                 elif not self.taken:
-                    self._early[pid] = time.time_ns(), os.waitstatus_to_exitcode(status)
+                    self._early[pid] = time_ns(), waitstatus_to_exitcode(status)
         except ChildProcessError:
             return
 
-    def _forget_answers(self) -> None:
-        """A hand died: what it had asked is not for the next one."""
-        self.hands_link.setblocking(False)
+    def _mourn(self, status: int) -> None:
+        """A hand died: the answers to what it had asked are not for the next one."""
+        self.file.trouble("a monitor's hand died", code=waitstatus_to_exitcode(status))
         with contextlib.suppress(BlockingIOError):
             while self.hands_link.recv(PACKET):
                 pass
@@ -168,23 +173,30 @@ class Keeper:
             os._exit(0)
 
     def _obey(self) -> None:
-        """Do what a hand says."""
+        """Do what a hand says, or the signal that a child has ended."""
         kind, data, fds = self.hear()
-        if kind == TAKE:
+        if kind == ENDED_CHILD:
+            self._reap()
+        elif kind == TAKE:
             self._take(data, fds)
         elif kind == REOPEN:
             self.file.replace(fds[0])
-            self.link.send(ANSWER)
+            self.answer()
         elif kind == COUNT:
-            self.link.send(ANSWER + COUNTS.pack(self.file.written, self.file.dropped))
+            self.answer(COUNTS.pack(self.file.written, self.file.dropped))
         elif kind == LEAVE:
             self.leaving = True
 
     def hear(self) -> tuple[bytes, bytes, list[int]]:
         """Return what a hand says: kind, text, descriptors."""
-        data, ancillary, _, _ = self.link.recvmsg(PACKET, _FDS, MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = self.link.recvmsg(PACKET, _ROOM, MSG_CMSG_CLOEXEC)
         raw = ancillary[0][2] if ancillary else b""
-        return data[:1], data[1:], list(struct.unpack(f"{len(raw) // 4}i", raw))
+        return data[:1], data[1:], list(_FDS.unpack(raw.ljust(_FDS.size, b"\0")))[: len(raw) // 4]
+
+    def answer(self, data: bytes = b"") -> None:
+        """Answer a hand. One that takes no more of them hangs, and will be no more."""
+        with contextlib.suppress(BlockingIOError):
+            self.link.send(ANSWER + data)
 
     def _take(self, data: bytes, fds: list[int]) -> None:
         """A container was created: its descriptors, its init, the memory group that is to be followed."""
@@ -207,7 +219,7 @@ class Keeper:
         if pid in self._early:
             self.finished_ns, self.code = self._early[pid]
         elif kin == GONE:
-            self.finished_ns = time.time_ns()
+            self.finished_ns = time_ns()
         elif kin == CHILD:
             self.init_pid = pid
         self._early.clear()
@@ -220,7 +232,7 @@ class Keeper:
     def _look(self, fd: int) -> None:
         """Something rare: the end of an init that is somebody else's, a change of the OOM count."""
         if fd == self.init_fd:
-            self.finished_ns = time.time_ns()
+            self.finished_ns = time_ns()
             self._epoll.unregister(fd)
         elif fd in self.oom.fds and not self.oom.changed():
             for each in self.oom.event_fds:
@@ -230,32 +242,36 @@ class Keeper:
     def hand_over(self) -> None:
         """Give the watching up: the container's end is the work of a loop that can do more."""
         self._epoll.close()
-        signal.set_wakeup_fd(-1)
+        set_wakeup_fd(-1)
 
 
-def warm_up() -> None:
+def rehearse() -> None:
     """Run what a keeper runs until the interpreter has specialised it, which writes into the code: before
     the forks, so that the keepers share that. Raises OSError."""
-    for _ in range(WARMING):
-        _keep_nothing()
+    for _ in range(REHEARSALS):
+        _rehearse_once()
 
 
-def _keep_nothing() -> None:
-    keeper = Keeper()
-    listener, ended = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(1, os.EFD_CLOEXEC)
-    keeper.open(listener, lambda _: None, print)
-    outputs = [os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) for _ in range(2)]
-    for _, write_fd in outputs:
-        os.write(write_fd, b"first\nsecond\n")
-        os.close(write_fd)
-    fds = [os.memfd_create("log", os.MFD_CLOEXEC), ended, *(read_fd for read_fd, _ in outputs)]
-    rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-    keeper.hands_link.sendmsg([TAKE + TAKEN.pack(0, STRANGER, False, True, 0, 0, -1)], rights)
-    close_all(fds)
-    os.write(keeper.wakeup_fd, b"\0")
-    keeper.keep()
+def _rehearse_once() -> None:
+    bell = os.eventfd(1, os.EFD_CLOEXEC)  # somebody connects
+    keeper = Keeper(_play_hand, print)
+    keeper.keep(bell)
     keeper.hand_over()
-    close_all([listener, keeper.wake_fd, keeper.wakeup_fd, keeper.init_fd, *keeper.streams])
+    if keeper.hand_pid:
+        waitpid(keeper.hand_pid, 0)
+    close_all([bell, keeper.init_fd, *keeper.streams])
     keeper.file.replace(-1)
     keeper.link.close()
     keeper.hands_link.close()
+
+
+def _play_hand(keeper: Keeper) -> None:
+    os.eventfd_read(keeper.listener)
+    init_fd, _held_until_the_end = os.pipe()
+    outputs = [os.pipe() for _ in range(2)]
+    for _, write_fd in outputs:
+        os.write(write_fd, b"first\nsecond\n")
+        os.close(write_fd)
+    fds = [os.memfd_create("log", os.MFD_CLOEXEC), init_fd, *(read_fd for read_fd, _ in outputs)]
+    rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
+    keeper.hands_link.sendmsg([TAKE + TAKEN.pack(0, STRANGER, False, True, 0, 0, -1)], rights)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
+from os import write
+from time import localtime, time_ns
 
 LINE_LIMIT = 16 * 1024  # bytes of text in one record, as the other runtimes have it
 Records = list[bytes | memoryview]  # buffers that make up whole records, for one writev
@@ -32,13 +33,13 @@ class Clock:
 
     def stamp(self) -> bytes:
         """Return the wall clock's time as RFC 3339 with nanoseconds and the local offset."""
-        second, nanosecond = divmod(time.time_ns(), 1_000_000_000)
+        second, nanosecond = divmod(time_ns(), 1_000_000_000)
         if second != self._second:
             self._turn(second)
         return b"%s.%09d%s" % (self._head, nanosecond, self._zone)
 
     def _turn(self, second: int) -> None:
-        local = time.localtime(second)
+        local = localtime(second)
         minutes = local.tm_gmtoff // 60
         sign = "-" if minutes < 0 else "+"
         self._second = second
@@ -139,7 +140,7 @@ class LogFile:
     def append(self, data: bytes) -> None:
         """Append whole records to a file that is not strained."""
         try:
-            done = os.write(self._fd, data)
+            done = write(self._fd, data)
         except OSError:
             done = 0
         self.written += done
@@ -172,7 +173,7 @@ class LogFile:
         try:
             done = os.writev(self._fd, records)
             while done < size:
-                done += os.write(self._fd, b"".join(records)[done:])
+                done += write(self._fd, b"".join(records)[done:])
         except OSError as error:
             self._fail(error)
         return done

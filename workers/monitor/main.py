@@ -14,12 +14,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ipc import kernel, pools, wire
 from ipc.errors import RemoteError
+from ipc.kernel import PR_SET_CHILD_SUBREAPER, bare_prctl
 from ipc.log import Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty
@@ -155,7 +156,7 @@ class Ground:
     fillers: list[object]
 
 
-def prepare_process() -> Ground:
+def prepare_process(*, rehearsed: bool = True) -> Ground:
     """What all monitors have in common: once, in whoever forks nothing but them, or in one alone."""
     gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
     for number in _IGNORED:
@@ -168,38 +169,37 @@ def prepare_process() -> Ground:
     score.close()
     gc.collect()
     fillers = pools.fill()
-    from workers.monitor.keeper import Keeper, warm_up  # not before: what a keeper uses is to stand together
+    from workers.monitor.keeper import Keeper, rehearse  # not before: what a keeper uses is to stand together
 
-    warm_up()
+    if rehearsed:
+        rehearse()
     gc.collect()
     fillers += pools.fill()
-    ground = Ground(Monitor(score.normal), Keeper(), fillers)
+    monitor = Monitor(score.normal)
+    ground = Ground(monitor, Keeper(monitor.hand, monitor.trouble), fillers)
     gc.freeze()
     return ground
 
 
 def run(
-    context: Callable[[], Context],
-    *,
-    container_id: str,
-    pod_id: str,
-    directory: str,
-    lock_fd: int,
-    listener_fd: int,
+    make_context: Callable[[str], Context],
+    names: Sequence[str],
+    fds: tuple[int, int],
     ground: Ground | None = None,
 ) -> None:
-    """A monitor's life. `lock_fd`, close-on-exec, is held to its end: that is how others see that it lives.
+    """A monitor's life. `names`: container, pod, directory.
 
-    `context` is called where it is needed, not in a keeper. `ground`: what `prepare_process` returned in the
-    process that forked this one, None if it is yet to be called.
+    `fds`: the directory's lock, close-on-exec, held to the end, which is how others see that it lives; the
+    listening socket. `make_context` gets the container's id; it is called where it is needed, not in a
+    keeper.
+    `ground`: what `prepare_process` returned in the process that forked this one.
     """
-    ground = ground or prepare_process()
-    kernel.bare_prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
+    ground = ground or prepare_process(rehearsed=False)
+    bare_prctl(PR_SET_CHILD_SUBREAPER, 1)
     monitor, keeper = ground.monitor, ground.keeper
-    monitor.make_context = context
-    monitor.names = container_id, pod_id, directory
-    keeper.open(listener_fd, monitor.hand, monitor.trouble)
-    if keeper.keep():
+    monitor.make_context = make_context
+    monitor.names = names
+    if keeper.keep(fds[1]):
         monitor.end(keeper)
 
 
@@ -207,14 +207,14 @@ class Monitor:
     """One monitor's parts, made when they are needed: its keeper needs none of them."""
 
     def __init__(self, normal_score: int) -> None:
-        self.make_context: Callable[[], Context]
-        self.names = ("", "", "")  # container, pod, directory
+        self.make_context: Callable[[str], Context]
+        self.names: Sequence[str] = ("", "", "")  # container, pod, directory
         self._normal_score = normal_score
 
     def _begin(self, keeper: Keeper) -> None:
         gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
         gc.enable()
-        self._context = self.make_context()
+        self._context = self.make_context(self.names[0])
         self._container_id, self._pod_id, self._directory = self.names
         self._listener = socket.socket(fileno=keeper.listener)
 
@@ -224,7 +224,9 @@ class Monitor:
     def trouble(self, event: str, **fields: object) -> None:
         """Log what goes wrong in the keeper."""
         container_id, pod_id, _ = self.names
-        ContainerLog(self.make_context().log, pod=pod_id, container=container_id).warning(event, **fields)
+        ContainerLog(self.make_context(container_id).log, pod=pod_id, container=container_id).warning(
+            event, **fields
+        )
 
     def hand(self, keeper: Keeper) -> None:
         """Be a hand, in a forked child. Does not return."""
@@ -233,7 +235,9 @@ class Monitor:
             self._serve_as_hand(keeper)
             status = 0
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-            self.make_context().log.bug("a monitor's hand ended by a bug", error, container=self.names[0])
+            container_id = self.names[0]
+            log = self.make_context(container_id).log
+            log.bug("a monitor's hand ended by a bug", error, container=container_id)
         finally:
             os._exit(status)
 
@@ -252,7 +256,8 @@ class Monitor:
         server = self._server(loop, container)
         loop.turn(hand.FIRST_WAIT)
         while not link.over and (server.connections or not container.quiet):
-            loop.turn()
+            signal.alarm(hand.PATIENCE)  # a loop that does not turn is killed, and the next hand is forked
+            loop.turn(hand.PATIENCE / 4)
         server.close()
 
     def end(self, keeper: Keeper) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import stat
@@ -319,6 +320,8 @@ def test_orphans_are_reaped_so_that_a_failed_exec_cannot_keep_a_container_alive(
 
 def test_a_monitor_loads_nothing_after_the_fork(mon: MonitorProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     from workers.monitor import main
+
+    importlib.import_module("workers.monitor.keeper")  # by prepare_process, before the fork that counts
 
     known = set(sys.modules)
     original = main.run

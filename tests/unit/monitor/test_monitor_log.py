@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ipc.log import Log
 from tests.support.monitor_process import joined
+from workers.monitor import log
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.log import LINE_LIMIT, Clock, Encoder, LogFile
 from workers.monitor.stdio import open_log
@@ -104,7 +105,7 @@ def test_stamps_are_rfc3339_with_nanoseconds_and_the_local_offset(
 ) -> None:
     zone.setenv("TZ", name)
     time.tzset()
-    zone.setattr(time, "time_ns", lambda: 1_700_000_000_000_000_007)
+    zone.setattr(log, "time_ns", lambda: 1_700_000_000_000_000_007)
     stamp = Clock().stamp()
     local = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(1_700_000_000)).encode()
     assert stamp == local + b".000000007" + offset
@@ -114,7 +115,7 @@ def test_the_stamp_turns_with_the_second(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = Clock()
     stamps = []
     for now in (999_999_999, 1_000_000_000):
-        monkeypatch.setattr(time, "time_ns", lambda now=now: now)
+        monkeypatch.setattr(log, "time_ns", lambda now=now: now)
         stamps.append(clock.stamp())
     assert stamps[0][17:29] == b"00.999999999"
     assert stamps[1][17:29] == b"01.000000000"
@@ -146,7 +147,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room = room
         self._write = os.write
-        monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(log, "write", self.write)
         monkeypatch.setattr(os, "writev", lambda fd, parts: self.write(fd, b"".join(parts)))
 
     def write(self, fd: int, data: bytes) -> int:
