@@ -26,7 +26,7 @@ def tree(table: Table = TABLE) -> str:
 
 
 def _title(entry: Entry) -> str:
-    return f"bulkhead: {entry.kind}" + ("" if entry.is_worker else " <id>")
+    return f"bulkhead: {entry.kind}" + ("" if entry.maximum or entry.is_worker else " <id>")
 
 
 def _who(entry: Entry) -> str:

@@ -53,6 +53,11 @@ class Monitors:
         self._nursery_settings: MonitorSettings | None = None
         self._nursery = Nursery(ground, module.prepare_process, self._birth)
 
+    @property
+    def nursery_pid(self) -> int:
+        """The process that forks them, 0 while there is none."""
+        return self._nursery.pid
+
     def start(self, container_id: str, pod_id: str) -> int:
         """Return the pid of the container's monitor, forked now if none lives.
 

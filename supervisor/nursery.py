@@ -34,14 +34,17 @@ Birth = Callable[[Any, Sequence[str], tuple[int, int]], object]
 
 
 class Nursery:
-    """The supervisor's side. `prepare` and `birth` run in the nursery and in its children."""
+    """The supervisor's side. `prepare` and `birth` run in the nursery and in its children.
+
+    `pid`: of the process, 0 while there is none.
+    """
 
     def __init__(self, ground: Ground, prepare: Callable[[], Any], birth: Birth) -> None:
         self._ground = ground
         self._prepare = prepare
         self._birth = birth
         self._sock: socket.socket | None = None
-        self._pid = 0
+        self.pid = 0
 
     def fork(self, words: Sequence[str], fds: tuple[int, int]) -> int:
         """Return the pid of a new child, which gets the words and the descriptors. Raises OSError."""
@@ -70,7 +73,7 @@ class Nursery:
     def kill(self) -> None:
         """End it though it hangs."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
+            os.kill(self.pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
         self.close()
 
     def _open(self) -> socket.socket:
@@ -82,7 +85,7 @@ class Nursery:
 
         with theirs:
             child = spawn.fork(spawn.Job("bulkhead: nursery", work, log, [theirs.fileno()]))
-        self._pid = child.pid
+        self.pid = child.pid
         self._ground.reaper.watch(child.pid, lambda code: self._ended(child.pid, code))
         child.open_gate()
         self._sock = ours
@@ -90,7 +93,7 @@ class Nursery:
 
     def _ended(self, pid: int, code: int) -> None:
         self._ground.log.warning("nursery ended", pid_of=pid, code=code)
-        if pid == self._pid:
+        if pid == self.pid:
             self.close()
 
     def close(self) -> None:
@@ -98,7 +101,7 @@ class Nursery:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-            self._pid = 0
+            self.pid = 0
 
 
 def _nurse(sock: socket.socket, prepare: Callable[[], Any], birth: Birth, log: Log) -> None:

@@ -246,6 +246,8 @@ class Supervisor:
         return [own, *workers, *self._outliving()]
 
     def _outliving(self) -> Iterable[WorkerState]:
+        if self.monitors.nursery_pid:
+            yield WorkerState(kind="nursery", name="nursery", state="ready", pid=self.monitors.nursery_pid)
         for init in self.inits.states():
             state = "ready" if init.alive else "ended"
             yield WorkerState(

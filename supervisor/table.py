@@ -81,7 +81,7 @@ class Entry:
 
     @property
     def is_worker(self) -> bool:
-        """True for what the supervisor keeps running; monitors and inits are started by request."""
+        """True for what the supervisor keeps running; nursery, monitors and inits are started by request."""
         return self.restart is not Restart.NEVER
 
 
@@ -233,6 +233,12 @@ TABLE: Table = by_kind(
         limits=Limits(memory=256 * MIB, pids=64, cpu_weight=50),
         extra=("http",),
         stop_order=2,
+    ),
+    Entry(
+        kind="nursery",
+        purpose="forks monitors and does nothing else, so that they share its pages",
+        minimum=0,
+        restart=Restart.NEVER,  # but by the next monitor that is wanted (supervisor/nursery.py)
     ),
     Entry(
         kind="monitor",

@@ -224,11 +224,33 @@ def test_killing_the_supervisor_ends_its_workers_but_no_monitor_and_no_init() ->
         assert not alive(init)
 
 
-def end_monitor(instance: Instance, client: Client) -> None:
-    with Client(f"{instance.run_root}/monitors/{CONTAINER}/ctl.sock", timeout=5) as own:
+def test_a_nursery_that_dies_is_replaced_by_the_next_that_is_asked_and_no_monitor_minds(
+    instance: Instance,
+) -> None:
+    def nursery() -> int:
+        return next(row.pid for row in instance.workers() if row.kind == "nursery")
+
+    other = "b" * len(CONTAINER)
+    assert all(row.kind != "nursery" for row in instance.workers())
+    with instance.client() as client:
+        first = client.call(messages.MonitorStart(container_id=CONTAINER, pod_id=POD)).pid
+        before = nursery()
+        os.kill(before, signal.SIGSTOP)
+        os.kill(before, signal.SIGKILL)  # the request comes before its end is known, or after
+        second = client.call(messages.MonitorStart(container_id=other, pod_id=POD)).pid
+        assert alive(first)
+        assert alive(second)
+        assert nursery() != before
+        for container in (CONTAINER, other):
+            end_monitor(instance, client, container)
+
+
+def end_monitor(instance: Instance, client: Client, container: str = CONTAINER) -> None:
+    with Client(f"{instance.run_root}/monitors/{container}/ctl.sock", timeout=5) as own:
         own.call(monitor.Delete())
-    eventually(lambda: not client.call(messages.MonitorList()).monitors[0].alive)
-    client.call(messages.MonitorRemove(container_id=CONTAINER))
+    request = messages.MonitorList(container_id=container)
+    eventually(lambda: not client.call(request).monitors[0].alive)
+    client.call(messages.MonitorRemove(container_id=container))
 
 
 def test_a_monitor_is_there_when_the_answer_comes_and_has_nothing_it_was_not_given(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from workers.monitor.keeper import Keeper
 
 UNKNOWN = -1  # exit code of an init that was never our child
+PATIENCE = 10.0  # seconds that a hand has for its last word on the start, more than it needs in any case
 FAREWELL = 5.0  # seconds that a hand has to tell the record to those who wait
 
 
@@ -77,7 +78,8 @@ class LastAct:
         if keeper.hand_pid:
             self._loop.add_reader(keeper.link.fileno(), self._heard)
             self._launcher.reaper.claim(keeper.hand_pid, self._hand_ended)
-            self._say(k.ENDED + k.MOMENT.pack(keeper.finished_ns))
+            self._say(k.ENDED)
+            self._loop.call_later(PATIENCE, self._hurry)
         else:
             self._serve_here()
         self._loop.run()
@@ -103,6 +105,11 @@ class LastAct:
         elif kind == k.REOPEN:
             self._keeper.file.replace(fds[0])
             self._say(k.ANSWER)
+
+    def _hurry(self) -> None:
+        if not self._begun:
+            self._log.warning("a hand does not say that the container's end may go on, and is killed")
+            self._kill_hand()
 
     def _hand_ended(self, _code: int) -> None:
         self._loop.remove_reader(self._keeper.link.fileno())
@@ -203,5 +210,5 @@ class LastAct:
         self._loop.call_later(FAREWELL, self._kill_hand)
 
     def _kill_hand(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if self._keeper.hand_pid:
             os.kill(self._keeper.hand_pid, signal.SIGKILL)

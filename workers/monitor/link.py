@@ -19,7 +19,6 @@ ANSWER, ENDED, RECORD, OVER = b"A", b"E", b"X", b"O"
 #: As link.Taken has it, and in the order of the descriptors.
 TAKEN = struct.Struct("<iBBBBBq")
 COUNTS = struct.Struct("<QQ")
-MOMENT = struct.Struct("<q")
 #: The init is the keeper's child, somebody else's (a pidfd comes along), or was gone at once.
 CHILD, STRANGER, GONE = range(3)
 

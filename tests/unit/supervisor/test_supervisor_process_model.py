@@ -63,7 +63,9 @@ def test_every_worker_has_a_sandbox_limits_and_a_user_it_needs(entry: Entry) -> 
 
 
 def test_only_monitors_inits_and_sessions_outlive_the_supervisor() -> None:
-    assert {entry.kind for entry in TABLE.values() if entry.restart is Restart.NEVER} == {"monitor", "init"}
+    assert {entry.kind for entry in TABLE.values() if entry.restart is Restart.NEVER} == {
+        "nursery", "monitor", "init",
+    }  # fmt: skip
     assert [entry.kind for entry in WORKERS if entry.drains] == ["stream"]
     assert all(entry.sandbox and entry.sandbox.parent_death_signal != entry.drains for entry in WORKERS)
 

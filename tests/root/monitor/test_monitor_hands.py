@@ -1,0 +1,100 @@
+"""Runs in: the tests (as root). What becomes of a container whose monitor's hand dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipc import kernel
+from ipc.errors import RemoteError
+from ipc.messages import monitor as messages
+from tests.support.monitor_process import MonitorProcess, busybox_root, children_of, monitor, until
+from workers.monitor import hand, lastact
+
+COUNTER = "trap 'exit 7' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return busybox_root(tmp_path_factory.mktemp("rootfs"))
+
+
+@pytest.fixture
+def mon(root: Path) -> Iterator[MonitorProcess]:
+    with monitor(root, "crun") as process:
+        yield process
+
+
+def hand_of(mon: MonitorProcess, init: int) -> int:
+    """The pid of the hand that lives."""
+    (found,) = set(children_of(mon.pid)) - {init}
+    return found
+
+
+def logged_without_a_gap(mon: MonitorProcess) -> bool:
+    lines = mon.log_text().decode().splitlines()
+    return lines == [f"line {number}" for number in range(len(lines))]
+
+
+def test_a_hand_that_dies_takes_its_calls_along_and_nothing_else(mon: MonitorProcess) -> None:
+    init = mon.sh(COUNTER)
+    failures: list[RemoteError] = []
+
+    def execute() -> None:
+        with pytest.raises(RemoteError) as caught:
+            mon.exec("sleep", "100")
+        failures.append(caught.value)
+
+    caller = threading.Thread(target=execute)
+    caller.start()
+    until(lambda: len(list(mon.directory.glob("exec-*.pid"))) == 0 and mon.state().execs == 1)
+    os.kill(hand_of(mon, init), signal.SIGKILL)
+    caller.join(10)
+    assert len(failures) == 1
+    assert mon.state().pid == init  # of the next one
+    assert mon.state().status == "running"
+    before = len(mon.log_lines())
+    until(lambda: len(mon.log_lines()) > before + 5)
+    assert mon.exec("sh", "-c", "echo again").stdout == b"again\n"
+    assert mon.stop().exit_code == 7
+    assert logged_without_a_gap(mon)
+    mon.wait()
+
+
+def test_a_hand_that_hangs_is_ended_and_the_next_one_serves(
+    mon: MonitorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand, "PATIENCE", 1)
+    mon.sh(COUNTER)
+    until(mon.log_path.exists)
+    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)  # a file system that never answers
+    place = str(mon.log_path.parent)
+    kernel.mount("none", place, "fuse", 0, f"fd={device},rootmode=40000,user_id=0,group_id=0")
+    try:
+        began = time.monotonic()
+        with pytest.raises(RemoteError):
+            mon.client().call(messages.LogReopen(), timeout=30)
+        assert time.monotonic() - began < 10
+        assert mon.exec("sh", "-c", "echo again").stdout == b"again\n"
+        assert mon.stop().exit_code == 7
+    finally:
+        kernel.umount(place, kernel.MNT_DETACH)
+        os.close(device)
+    assert logged_without_a_gap(mon)
+    mon.wait()
+
+
+def test_a_container_ends_though_its_hand_never_says_its_last_word(
+    mon: MonitorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lastact, "PATIENCE", 0.3)
+    init = mon.run("sh", "-c", "sleep 0.5; echo over; exit 3")
+    os.kill(hand_of(mon, init), signal.SIGSTOP)
+    record = mon.wait()
+    assert (record.exit_code, mon.log_text()) == (3, b"over\n")
