@@ -21,6 +21,7 @@ from tests.support.leaks import mounts
 from tests.support.supervisor_process import CONFIG, REPOSITORY, Instance, eventually, running
 
 POD, CONTAINER = "p" * 12, "c" * 12
+TEST_PARENT = f"bulkhead-test-pod-{os.getpid()}"
 
 
 @pytest.fixture
@@ -300,7 +301,7 @@ def test_an_id_that_is_no_file_name_is_refused(instance: Instance, bad: str) -> 
 
 def test_a_pod_init_is_process_one_reaps_and_dies_with_its_pin(instance: Instance) -> None:
     with instance.client() as client:
-        started = client.call(messages.InitStart(pod_id=POD, cgroup_parent="/bulkhead-test-pod"))
+        started = client.call(messages.InitStart(pod_id=POD, cgroup_parent=f"/{TEST_PARENT}"))
         assert client.call(messages.InitStart(pod_id=POD)).pid == started.pid
         assert os.stat(started.pid_namespace).st_ino == os.stat(f"/proc/{started.pid}/ns/pid").st_ino
         orphan_in(started.pid_namespace)
@@ -314,7 +315,7 @@ def test_a_pod_init_is_process_one_reaps_and_dies_with_its_pin(instance: Instanc
         assert "NoNewPrivs:\t1" in status
         assert os.listdir(f"/proc/{started.pid}/root") == []
         assert len(os.listdir(f"/proc/{started.pid}/fd")) == 4
-        assert "/bulkhead-test-pod/bulkhead-init-" in Path(f"/proc/{started.pid}/cgroup").read_text()
+        assert f"/{TEST_PARENT}/bulkhead-init-" in Path(f"/proc/{started.pid}/cgroup").read_text()
         eventually(lambda: children_of(started.pid) == [])
         sleeper = sleeper_in(started.pid_namespace)
         client.call(messages.InitStop(pod_id=POD))
@@ -325,7 +326,7 @@ def test_a_pod_init_is_process_one_reaps_and_dies_with_its_pin(instance: Instanc
     assert not mounts([instance.run_root])
     assert not Path(started.pid_namespace).exists()
     assert list((instance.run_root / "ns").iterdir()) == []
-    for parent in Path("/sys/fs/cgroup").glob("*/bulkhead-test-pod"):
+    for parent in Path("/sys/fs/cgroup").glob(f"*/{TEST_PARENT}"):
         parent.rmdir()
 
 

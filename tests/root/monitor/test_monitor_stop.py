@@ -155,7 +155,9 @@ def test_a_stop_ends_a_start_whose_runtime_waits_for_the_dead_init(
 
 @pytest.mark.parametrize("grace_ms", [0, 300])
 def test_a_frozen_container_is_stopped(mon: MonitorProcess, grace_ms: int) -> None:
-    mon.run("sleep", "100")
+    init = mon.run("sleep", "100")
+    # A Go runtime's init that is frozen while it executes the command never is: its threads cannot end.
+    until(lambda: Path(f"/proc/{init}/comm").read_text() == "sleep\n")
     freezer = next(path / "freezer.state" for path in mon.cgroups() if (path / "freezer.state").exists())
     freezer.write_text("FROZEN")
     until(lambda: freezer.read_text() == "FROZEN\n")
