@@ -8,9 +8,10 @@ import contextlib
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipc.streams import spdy, websocket
+from ipc.streams.headers import BadHeaders, Compressor, Decompressor
 from tests.support.stream_clients import Headers, control, data_frame, head
-from workers.stream import spdy, upgrade, websocket
-from workers.stream.headers import BadHeaders, Compressor, Decompressor
+from workers.stream import upgrade
 from workers.stream.remotecommand import BadSize, Sizes
 
 STEPS = st.integers(1, 200)

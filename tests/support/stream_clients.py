@@ -15,7 +15,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DICTIONARY = (Path(__file__).parents[2] / "workers" / "stream" / "spdy3_dictionary.bin").read_bytes()
+DICTIONARY = (Path(__file__).parents[2] / "ipc" / "streams" / "spdy3_dictionary.bin").read_bytes()
 SYN_STREAM, SYN_REPLY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 1, 2, 3, 4, 6, 7, 9
 
 

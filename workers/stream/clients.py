@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from workers.stream import spdy, websocket
+from ipc.streams import spdy, websocket
 from workers.stream.remotecommand import CHANNELS, ERROR, RESIZE, STDIN, Wanted
 from workers.stream.wire import Wire
 

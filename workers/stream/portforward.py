@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from workers.stream import spdy, websocket
+from ipc.streams import spdy, websocket
 from workers.stream.wire import Wire
 
 DATA, ERROR = "data", "error"

@@ -1,12 +1,11 @@
 """Runs in: bulkheadctl.
 
-Containers: create, start, stop, rm, ps, inspect, logs, exec.
+Containers: create, start, stop, rm, ps, inspect, logs.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl import logs
@@ -39,11 +38,6 @@ def register(commands: Commands) -> None:
     remove = command(commands, "rm", remove_containers, "Remove containers (a running one is killed)")
     remove.add_argument("id", nargs="+")
     _register_views(commands)
-    run = command(commands, "exec", exec_sync, "Run a command in a container and wait for it")
-    run.add_argument("-s", "--sync", action="store_true", help="wait for its end, the only way there is yet")
-    run.add_argument("--timeout", dest="exec_timeout", type=_seconds, default=0, help="seconds, 0 for none")
-    run.add_argument("id")
-    run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="COMMAND ...")
 
 
 def _register_views(commands: Commands) -> None:
@@ -174,17 +168,3 @@ def show_logs(connection: Connection, options: argparse.Namespace) -> int:
         running=running,
     )
     return 0
-
-
-def exec_sync(connection: Connection, options: argparse.Namespace) -> int:
-    words = options.cmd[1:] if options.cmd[:1] == ["--"] else options.cmd
-    if not words:
-        raise CtlError("exec needs a command", 2)
-    request = cri.ExecSyncRequest(container_id=options.id, cmd=words, timeout=options.exec_timeout)
-    limit = options.exec_timeout + 10 if options.exec_timeout else connection.timeout
-    answer = connection.call(connection.runtime.ExecSync, request, timeout=limit)
-    sys.stdout.buffer.write(answer.stdout)
-    sys.stdout.buffer.flush()
-    sys.stderr.buffer.write(answer.stderr)
-    sys.stderr.buffer.flush()
-    return answer.exit_code

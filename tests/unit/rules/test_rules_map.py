@@ -17,9 +17,9 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.py$")
 
 #: Third-party modules that each part of the tree may import.
 LIBRARIES: dict[str, set[str]] = {
-    "ipc": {"msgspec", "google", "grpc", "grpc_tools"},
+    "ipc": {"msgspec", "google", "grpc", "grpc_tools", "wsproto"},
     "supervisor": {"msgspec", "setproctitle", "daemon"},
-    "supervisor.cli": {"msgspec", "psutil", "grpc", "google", "rich", "daemon"},
+    "supervisor.cli": {"msgspec", "psutil", "grpc", "google", "rich", "daemon", "wsproto"},
     "workers.cri": {"msgspec", "grpc", "google"},
     "workers.image": {"msgspec", "urllib3"},
     "workers.storage": {"msgspec", "setproctitle", "zstandard", "yaml"},

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipc.streams import spdy, websocket
+from ipc.streams.headers import BLOCK_LIMIT, DICTIONARY, BadHeaders, Compressor, Decompressor
 from tests.support.stream_clients import (
     PING,
     RST_STREAM,
@@ -21,8 +23,7 @@ from tests.support.stream_clients import (
     data_frame,
     head,
 )
-from workers.stream import remotecommand, spdy, upgrade, websocket
-from workers.stream.headers import BLOCK_LIMIT, DICTIONARY, BadHeaders, Compressor, Decompressor
+from workers.stream import remotecommand, upgrade
 from workers.stream.portforward import BadStream, Pairs
 from workers.stream.remotecommand import BadSize, Outcome, Sizes, Wanted
 

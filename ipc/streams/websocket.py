@@ -1,4 +1,4 @@
-"""Runs in: stream. Sans-IO, over wsproto.
+"""Runs in: stream, bulkheadctl. Sans-IO, over wsproto.
 
 WebSocket messages as channels: the first byte (or, in the base64 forms, the first character) of a message is
 the channel, the rest its bytes. Messages are handed on piece by piece, none is ever stored. v5.channel.k8s.io
@@ -49,12 +49,15 @@ Event = Data | Ended | Closed
 
 
 class Connection:
-    """One connection after its handshake. What is to be sent collects until `output` takes it."""
+    """One connection after its handshake. What is to be sent collects until `output` takes it.
 
-    def __init__(self, protocol: str) -> None:
+    `frames` is the client's side of wsproto's connection, after its handshake.
+    """
+
+    def __init__(self, protocol: str, frames: Frames | None = None) -> None:
         self._base64 = "base64." in protocol
         self._half_close = protocol.startswith("v5.")
-        self._frames = Frames(ConnectionType.SERVER)
+        self._frames = frames or Frames(ConnectionType.SERVER)
         self._out: list[bytes] = []
         self._channel: int | None = None  # of the message that is coming in
         self._closing = False  # it is a v5 half-close

@@ -1,4 +1,4 @@
-"""Runs in: stream. Sans-IO.
+"""Runs in: stream, bulkheadctl. Sans-IO.
 
 SPDY/3 header blocks: one zlib stream per direction for the whole connection, with the dictionary of the
 specification. Whatever a block claims, no more than BLOCK_LIMIT bytes of it are ever inflated.

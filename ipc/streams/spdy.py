@@ -1,6 +1,6 @@
-"""Runs in: stream. Sans-IO.
+"""Runs in: stream (the server's side), bulkheadctl (the client's). Sans-IO.
 
-SPDY/3.1 framing, the server's side, as kubelets and crictl speak it: bytes in, events out. There is no
+SPDY/3.1 framing as kubelets and crictl speak it: bytes in, events out. There is no
 flow control in it (SETTINGS and WINDOW_UPDATE mean nothing to these peers), so a data frame is handed on
 piece by piece as it comes and none is ever stored. It owns the streams' states and refuses, with a reset of
 the stream or the end of the connection, what breaks the rules or exceeds the limits.
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workers.stream.headers import BadHeaders, Compressor, Decompressor, Headers
+from ipc.streams.headers import BadHeaders, Compressor, Decompressor, Headers
 
 VERSION = 3
 CONTROL_LIMIT = 64 * 1024  # bytes of a control frame's payload
@@ -97,10 +97,15 @@ class _Stream:
 
 
 class Connection:
-    """One connection. What is to be sent collects until `output` takes it."""
+    """One connection. What is to be sent collects until `output` takes it.
 
-    def __init__(self, *, max_streams: int = 256) -> None:
+    The client's streams have odd numbers, the server's even ones, and so have their pings.
+    """
+
+    def __init__(self, *, max_streams: int = 256, client: bool = False) -> None:
         self._max_streams = max_streams
+        self._peer_parity = 0 if client else 1
+        self._last_own = -1 if client else 0
         self._streams: dict[int, _Stream] = {}
         self._last_id = 0
         self._compress = Compressor()
@@ -194,7 +199,7 @@ class Connection:
         headers = self._inflate(
             payload[_SYN_STREAM.size :]
         )  # also of one that is refused: it is one zlib stream
-        if stream % 2 == 0 or stream <= self._last_id:
+        if stream % 2 != self._peer_parity or stream <= self._last_id:
             self._rst(stream, Reset.PROTOCOL_ERROR)
             return
         self._last_id = stream
@@ -224,7 +229,7 @@ class Connection:
 
     def _ping(self, _flags: int, payload: bytes) -> None:
         number = _number(payload, masked=False)
-        if number % 2:  # the peer's; we send none
+        if number % 2 == self._peer_parity:  # we send none ourselves
             self._control(Type.PING, 0, payload[:4])
 
     def _goaway(self, _flags: int, _payload: bytes) -> None:
@@ -251,6 +256,14 @@ class Connection:
         """What is to be sent now, in order."""
         out, self._out = self._out, []
         return out
+
+    def open(self, headers: Headers) -> int:
+        """Open a stream; return its number."""
+        self._last_own += 2
+        block = self._compress.block(headers)
+        self._control(Type.SYN_STREAM, 0, _SYN_STREAM.pack(self._last_own, 0, 0, 0) + block)
+        self._streams[self._last_own] = _Stream()
+        return self._last_own
 
     def accept(self, stream: int) -> None:
         """Answer an opened stream with SYN_REPLY."""
