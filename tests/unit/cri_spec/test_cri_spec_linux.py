@@ -368,10 +368,14 @@ def test_systemd_knows_the_limits_that_it_would_else_undo() -> None:
     }
 
 
-@pytest.mark.parametrize("changes", [{"cgroup_driver": "cgroupfs"}, {"cgroup_version": 1}])
-def test_only_systemd_on_v2_is_told_of_limits(changes: dict[str, Any]) -> None:
-    host = make.host(**({"cgroup_driver": "systemd"} | changes))
-    assert cgroups.unit_properties({"memory": {"limit": 1 << 20}}, host) == {}
+def test_only_systemd_is_told_of_limits_and_on_v1_in_the_words_of_v1() -> None:
+    limits = {"memory": {"limit": 1 << 20, "swap": 2 << 20}, "cpu": {"quota": 50_000, "shares": 512}}
+    assert cgroups.unit_properties(limits, make.host(cgroup_driver="cgroupfs")) == {}
+    on_v1 = make.host(cgroup_driver="systemd", cgroup_version=1)
+    expected = {"MemoryLimit": 1 << 20, "CPUQuotaPerSecUSec": 500_000}
+    assert cgroups.unit_properties(limits, on_v1) == expected
+    assert cgroups.unit_properties({"memory": {"limit": -1}}, on_v1) == {"MemoryLimit": 2**64 - 1}
+    assert cgroups.unit_properties({}, on_v1) == {}
 
 
 def test_no_limit_is_told_to_systemd_as_its_infinity() -> None:

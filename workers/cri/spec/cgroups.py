@@ -178,8 +178,10 @@ _QUOTA_STEP = 10_000  # systemd keeps whole percents of a CPU
 
 def unit_properties(limits: Mapping[str, Any], host: HostInfo) -> dict[str, int]:
     """Limits that `resources` made as properties of the container's scope (org.freedesktop.systemd1)."""
-    if host.cgroup_driver != "systemd" or host.cgroup_version != 2:
+    if host.cgroup_driver != "systemd":
         return {}
+    if host.cgroup_version != 2:
+        return _cpu_properties(limits.get("cpu", {})) | _memory_of_v1(limits.get("memory", {}))
     memory, unified = limits.get("memory", {}), limits.get("unified", {})
     found = _cpu_properties(limits.get("cpu", {}))
     if limit := memory.get("limit"):
@@ -189,6 +191,11 @@ def unit_properties(limits: Mapping[str, Any], host: HostInfo) -> dict[str, int]
     texts = {name: unified[file].strip() for file, name in _PROPERTIES.items() if file in unified}
     known = {name: text for name, text in texts.items() if text == "max" or text.isdecimal()}
     return found | {name: _INFINITY if text == "max" else int(text) for name, text in known.items()}
+
+
+def _memory_of_v1(memory: Mapping[str, int]) -> dict[str, int]:
+    """On cgroup v1 systemd knows the memory limit alone, by another name; memory with swap it leaves alone."""
+    return {"MemoryLimit": _unsigned(memory["limit"])} if memory.get("limit") else {}
 
 
 def _cpu_properties(cpu: Mapping[str, int]) -> dict[str, int]:
