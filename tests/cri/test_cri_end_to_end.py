@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -215,6 +216,67 @@ def test_a_repeated_create_is_the_same_container(client: Client) -> None:
     client.start(container_id)
     request = pb.StartContainerRequest(container_id=container_id)
     assert code_of(client.node.runtime.StartContainer, request) == grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+@pytest.mark.parametrize("patience", [0.001, 0.01, 0.04, 0.12])
+def test_a_client_that_gives_up_at_every_step_only_has_to_ask_again(
+    client: Client, handler: str, patience: float
+) -> None:
+    runtime = client.node.runtime
+    given_up = []
+
+    def insist(call: Any, request: Any) -> Any:
+        """Ask with hardly any time, then again with enough."""
+        try:
+            return call(request, timeout=patience)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            given_up.append(type(request).__name__)
+            return call(request, timeout=60)
+
+    sandbox = client.pod_config(shared_pid=True)
+    run = pb.RunPodSandboxRequest(config=sandbox, runtime_handler=handler)
+    pod_id = insist(runtime.RunPodSandbox, run).pod_sandbox_id
+    config = client.container_config(["sleep", "1000"])
+    config.linux.security_context.CopyFrom(
+        pb.LinuxContainerSecurityContext(namespace_options=sandbox.linux.security_context.namespace_options)
+    )
+    create = pb.CreateContainerRequest(pod_sandbox_id=pod_id, config=config, sandbox_config=sandbox)
+    container_id = insist(runtime.CreateContainer, create).container_id
+    insist(runtime.StartContainer, pb.StartContainerRequest(container_id=container_id))
+    limits = pb.LinuxContainerResources(cpu_shares=512)
+    update = pb.UpdateContainerResourcesRequest(container_id=container_id, linux=limits)
+    insist(runtime.UpdateContainerResources, update)
+    status = client.status(container_id)
+    assert (status.state, status.resources.linux.cpu_shares) == (pb.ContainerState.CONTAINER_RUNNING, 512)
+    assert len(runtime.ListContainers(pb.ListContainersRequest(), timeout=20).containers) == 1
+    assert len(runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=20).items) == 1
+    insist(runtime.StopContainer, pb.StopContainerRequest(container_id=container_id, timeout=0))
+    insist(runtime.RemoveContainer, pb.RemoveContainerRequest(container_id=container_id))
+    insist(runtime.StopPodSandbox, pb.StopPodSandboxRequest(pod_sandbox_id=pod_id))
+    insist(runtime.RemovePodSandbox, pb.RemovePodSandboxRequest(pod_sandbox_id=pod_id))
+    assert not runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=20).items
+    assert given_up or patience > 0.1
+
+
+@pytest.mark.parametrize("patience", [0.02, 0.15])
+def test_a_client_that_gives_up_and_never_comes_back_leaves_what_can_be_removed(
+    client: Client, patience: float
+) -> None:
+    sandbox = client.pod_config(shared_pid=True)
+    run = pb.RunPodSandboxRequest(config=sandbox)
+    for _ in range(3):
+        with contextlib.suppress(grpc.RpcError):
+            client.node.runtime.RunPodSandbox(run, timeout=patience)
+    wait_for(lambda: client.node.runtime.ListPodSandbox(pb.ListPodSandboxRequest()).items, "the pod is made")
+    pod_id = client.run(sandbox)
+    create = pb.CreateContainerRequest(
+        pod_sandbox_id=pod_id, config=client.container_config(["sleep", "9"]), sandbox_config=sandbox
+    )
+    with contextlib.suppress(grpc.RpcError):
+        client.node.runtime.CreateContainer(create, timeout=patience)
+    client.remove_pod(pod_id)  # whether the container was made by now or not
 
 
 def test_a_hung_client_does_not_keep_a_pod_from_being_made(client: Client) -> None:

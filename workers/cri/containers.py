@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from itertools import count
 
 from ipc import log
@@ -242,10 +243,11 @@ class Containers:
 
     # -- start ----------------------------------------------------------------------------------------
 
-    async def start(self, text: str) -> None:
+    async def start(self, text: str, client_waits: Callable[[], bool] = lambda: True) -> None:
         """Start a created container. Raises RemoteError NOT_FOUND, FAILED_PRECONDITION.
 
-        The repetition of a start whose client went away before the answer joins it, or gets its success.
+        The repetition of a start whose client went away before the answer, or may not have had the time to
+        get it (`client_waits`), joins it, or gets its success.
         """
         container = self.need(text)
         key = ("container.start", container.id)
@@ -256,7 +258,10 @@ class Containers:
         except asyncio.CancelledError:
             self._untold_starts.add(container.id)
             raise
-        self._untold_starts.discard(container.id)
+        if client_waits():
+            self._untold_starts.discard(container.id)
+        else:
+            self._untold_starts.add(container.id)
 
     def _told_late(self, container: Container) -> bool:
         if container.phase is Phase.CREATED:

@@ -37,6 +37,8 @@ from workers.cri.watch import Watcher
 
 #: Seconds on top of an exec's own timeout for the monitor to kill it and answer.
 EXEC_MARGIN = 15.0
+#: A client's deadline is over before ours, which begins when the request has come: seconds that may differ.
+CLIENT_CLOCK = 0.5
 MAX_EXEC = 10 * 365 * 24 * 3600  # seconds; a larger timeout means none, and would not fit into a message
 UNLIMITED = 365 * 24 * 3600.0
 PROGRESS_INTERVAL = 0.2
@@ -129,10 +131,8 @@ class Service:
         container_id = await self.containers.create(pod, request.config)
         return pb.CreateContainerResponse(container_id=container_id)
 
-    async def start_container(
-        self, _rpc: Rpc, request: pb.StartContainerRequest
-    ) -> pb.StartContainerResponse:
-        await self.containers.start(request.container_id)
+    async def start_container(self, rpc: Rpc, request: pb.StartContainerRequest) -> pb.StartContainerResponse:
+        await self.containers.start(request.container_id, lambda: rpc.timeout(SHORT) > CLIENT_CLOCK)
         return pb.StartContainerResponse()
 
     async def stop_container(self, _rpc: Rpc, request: pb.StopContainerRequest) -> pb.StopContainerResponse:

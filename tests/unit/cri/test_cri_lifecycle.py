@@ -270,6 +270,19 @@ def test_the_retry_of_a_start_whose_client_gave_up_succeeds_once() -> None:
     play(scenario)
 
 
+def test_the_retry_of_a_start_that_was_answered_too_late_succeeds_once() -> None:
+    """The client gave up while the answer was on its way: nobody can tell that from an answer in time."""
+
+    async def scenario(_world: World, worker: Worker) -> None:
+        container_id = await worker.create(await worker.run_pod())
+        request = pb.StartContainerRequest(container_id=container_id)
+        await worker.runtime.StartContainer(request, timeout=0.4)
+        await worker.start_container(container_id)
+        assert await code_of(worker.start_container(container_id)) == grpc.StatusCode.FAILED_PRECONDITION
+
+    play(scenario)
+
+
 def test_a_container_that_cannot_start_has_ended_and_says_why() -> None:
     async def scenario(world: World, worker: Worker) -> None:
         container_id = await worker.create(await worker.run_pod())

@@ -194,7 +194,7 @@ def unit_properties(limits: Mapping[str, Any], host: HostInfo) -> dict[str, int]
 
 
 def _memory_of_v1(memory: Mapping[str, int]) -> dict[str, int]:
-    """On cgroup v1 systemd knows the memory limit alone, by another name; memory with swap it leaves alone."""
+    """On cgroup v1 systemd knows the limit of memory, by another name, and nothing of swap."""
     return {"MemoryLimit": _unsigned(memory["limit"])} if memory.get("limit") else {}
 
 
