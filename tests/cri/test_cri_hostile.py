@@ -251,3 +251,19 @@ def test_paths_that_climb_are_refused(kubelet: Kubelet, fields: dict[str, Any]) 
     config = pb.ContainerConfig(metadata=pb.ContainerMetadata(name="main"), image=image, **merged)
     request = pb.CreateContainerRequest(pod_sandbox_id=pod_id, config=config, sandbox_config=pod)
     refused(INVALID, lambda: kubelet.node.runtime.CreateContainer(request, timeout=60))
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_log_path_through_a_link_writes_nothing_outside(kubelet: Kubelet, handler: str) -> None:
+    """The log directory is root's, but what lies in it may have come there by a pod's volume."""
+    pod = kubelet.sandbox()
+    directory = Path(pod.log_directory)
+    directory.mkdir(parents=True)
+    (directory / "main.log").symlink_to(AIM / "log")
+    refusal(lambda: kubelet.running(handler, "echo", "hi", sandbox=pod))
+    (directory / "main.log").unlink()
+    container_id = kubelet.running(handler, sandbox=pod)
+    (directory / "main.log").unlink()
+    (directory / "main.log").symlink_to(AIM / "log")
+    reopen = pb.ReopenContainerLogRequest(container_id=container_id)
+    refusal(lambda: kubelet.node.runtime.ReopenContainerLog(reopen, timeout=20))

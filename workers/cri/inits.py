@@ -16,8 +16,7 @@ from ipc.messages import supervisor
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
 from workers.cri.state import Phase, Pod
-
-POLL = 0.2  # seconds until it is asked again what could not be answered
+from workers.cri.watch import POLL, readable
 
 
 class Inits:
@@ -38,7 +37,7 @@ class Inits:
                 # asked after the pidfd was opened: so it is the init's, if that one lives
                 if not await self._alive(pod.id):
                     return self._ended(pod)
-                await (asyncio.sleep(POLL) if fd is None else _readable(fd))
+                await (asyncio.sleep(POLL) if fd is None else readable(fd))
             finally:
                 if fd is not None:
                     os.close(fd)
@@ -66,13 +65,3 @@ def _pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-
-
-async def _readable(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(fd)

@@ -23,7 +23,10 @@ QUIET = 0.25  # seconds without a byte after which a drained source is given up
 DRAIN_LIMIT = 2.0  # seconds of draining, bytes or not
 LOG_MODE = 0o640
 DIRECTORY_MODE = 0o755
-_LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+#: No link is followed: what lies at a log's place may have come there by a pod that writes in that directory.
+_LOG_FLAGS = (
+    os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW
+)
 _INT = struct.Struct("i")
 
 Take = Callable[[bytes, bool], object]
