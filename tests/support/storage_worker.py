@@ -180,6 +180,15 @@ class Worker:
         self._host = None
         return code
 
+    def dead(self) -> bool:
+        """True if it has ended by itself."""
+        assert self._host is not None
+        try:
+            self._host.wait(0.2)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def mounts(self) -> list[str]:
         """Mount points below its directories."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()

@@ -36,6 +36,7 @@ from .trees import delete_trees
 from .trouble import HOST_TROUBLE, contained, refusal
 
 LEASE = 600.0
+FIRST_RETRY, LAST_RETRY = 1.0, 3600.0  # seconds until a tree that could not be deleted is tried again
 PIPE_SIZE = 1024 * 1024
 
 
@@ -106,8 +107,12 @@ class Layers:
 
     def _stage(self, connection: Connection, body: LayerBegin) -> int:
         directory = self._paths.fresh(body.chain_id.partition(":")[2][:16])
-        (directory / DIFF).mkdir(mode=0o700, parents=True)
-        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            (directory / DIFF).mkdir(mode=0o700, parents=True)
+            read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            self.delete([directory])
+            raise
         _widen(write_fd)
         staging = Staging(begin=body, directory=directory, connection=connection)
         self._stagings[body.chain_id] = staging
@@ -178,6 +183,7 @@ class Layers:
         staging.committing = True
         for call in staging.commits:
             call.doing = "committing the layer"
+        self.delete([self._paths.layer(body.chain_id)])  # it has no row: a commit that failed left it
         self._jobs.start(
             commit_layer,
             str(staging.directory),
@@ -190,8 +196,8 @@ class Layers:
         )
 
     def _committed(self, staging: Staging, outcome: Any) -> None:
-        if isinstance(outcome, RemoteError):
-            self.delete([staging.directory])
+        if isinstance(outcome, RemoteError):  # perhaps after the rename
+            self.delete([staging.directory, self._paths.layer(staging.begin.chain_id)])
             self._settle(staging, outcome)
             return
         row = msgspec.json.decode(outcome, type=LayerRow)
@@ -369,8 +375,22 @@ class Layers:
                 continue
             doomed.append(str(grave))
         if doomed:
-            trash = str(self._paths.fresh("trash"))
-            self._jobs.start(delete_trees, doomed, trash, on_done=_deleted, name="delete trees")
+            self._bury(doomed, FIRST_RETRY)
+
+    def _bury(self, doomed: list[str], delay: float) -> None:
+        """Delete what stands in staging; what cannot be deleted now is tried again, later and later."""
+        trash = str(self._paths.fresh("trash"))
+
+        def deleted(outcome: Any) -> None:
+            left = [path for path in (*doomed, trash) if os.path.lexists(path)]
+            if left:
+                log.get().warning(
+                    "trees not deleted; tried again", seconds=delay, why=outcome, left=len(left)
+                )
+                later = min(delay * 2, LAST_RETRY)
+                self._loop.call_later(delay, lambda: self._bury(left, later))
+
+        self._jobs.start(delete_trees, doomed, trash, on_done=deleted, name="delete trees")
 
 
 def _unpack(pipe_fd: int, directory: str, blob: Blob, limits: Limits) -> None:
@@ -389,11 +409,6 @@ def _moved(source: Path, target: Path) -> bool:
         log.get().error("cannot move a tree away to delete it", tree=source, why=error)
         return False
     return True
-
-
-def _deleted(outcome: Any) -> None:
-    if isinstance(outcome, RemoteError):
-        log.get().warning("trees not deleted; the next start tries again", why=outcome)
 
 
 def chain_id_of(parent: str, diff_id: str) -> str:
