@@ -11,6 +11,20 @@ import msgspec
 
 from ipc.messages import Body
 
+#: Groups of CRI's metrics that can be chosen (workers/cri/stats/descriptors.py).
+POD_METRICS = (
+    "cpu",
+    "memory",
+    "disk",
+    "diskIO",
+    "network",
+    "hugetlb",
+    "process",
+    "spec",
+    "oom",
+    "pressure",
+)
+
 
 class Runtime(Body):
     """One OCI runtime handler (`[runtimes.NAME]`)."""
@@ -63,6 +77,7 @@ class CriSettings(Common):
     parallel_layers: int = 3
     max_message_bytes: int = 80 * 1024 * 1024
     max_requests: int = 256
+    pod_metrics: list[str] = []  # groups of CRI's metrics that are told
 
 
 class ImageSettings(Common):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipc.capabilities import NAMES as CAPABILITIES
+from ipc.settings import POD_METRICS
 from supervisor.files import find_program
 
 #: A check returns "" or what is wrong with the value, as the end of a sentence.
@@ -308,6 +309,15 @@ class GrpcConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    pod_metrics: list[str] = key(
+        list(POD_METRICS),
+        f"What kubelets get of CRI's metrics, besides when a container was seen: {', '.join(POD_METRICS)}.",
+        matching("|".join(POD_METRICS), f"one of {', '.join(POD_METRICS)}"),
+    )
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     log_buffer: int = key(256 * 1024, "Bytes of output a monitor buffers per container.", at_least(4096))
 
@@ -332,6 +342,7 @@ class Config:
     storage: StorageConfig = table(StorageConfig, "Limits against hostile layers.")
     containers: ContainersConfig = table(ContainersConfig, "What containers get by default.")
     grpc: GrpcConfig = table(GrpcConfig, "The CRI server.")
+    metrics: MetricsConfig = table(MetricsConfig, "ListPodSandboxMetrics.")
     monitor: MonitorConfig = table(MonitorConfig, "The process that each container has.")
     pools: PoolsConfig = table(PoolsConfig, "Sizes of worker pools.")
     users: UsersConfig = table(UsersConfig, "Who the workers are: a name or a number each, all different.")

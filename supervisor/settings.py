@@ -164,6 +164,7 @@ class Derivation:
             parallel_layers=config.image.parallel_layers,
             max_message_bytes=config.grpc.max_message_bytes,
             max_requests=config.grpc.max_requests,
+            pod_metrics=config.metrics.pod_metrics,
         )
 
     def _image(self) -> settings.ImageSettings:

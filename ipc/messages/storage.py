@@ -117,15 +117,42 @@ class ImageRemove(Request[Empty]):
 
 class FsInfo(Body):
     mountpoint: str
-    used_bytes: int
+    used_bytes: int  # by images
     used_inodes: int
     available_bytes: int = 0
     timestamp_ns: int = 0
+    layers_bytes: int = 0  # by containers' writable layers, as they were last measured
+    layers_inodes: int = 0
+    capacity_bytes: int = 0  # of the whole file system
+    inodes: int = 0
+    inodes_free: int = 0
+    device: str = ""  # what is mounted there, as /proc/mounts has it
 
 
 @request("storage.fs.info", reply=FsInfo, idempotent=True)
 class FsInfoGet(Request[FsInfo]):
     """What images and containers occupy, kept as sums, never walked per call."""
+
+
+class LayerUsage(Body):
+    """What a container's writable layer occupied on the disk at that time (wall clock)."""
+
+    container_id: str
+    used_bytes: int
+    used_inodes: int
+    timestamp_ns: int
+
+
+class UsagesListed(Body):
+    usages: list[LayerUsage]
+
+
+@request("storage.usage.list", reply=UsagesListed, idempotent=True)
+class UsageList(Request[UsagesListed]):
+    """Every container's writable layer, as last measured; answered from memory.
+
+    Asking has the layers measured, in the background and at a low rate, for as long as somebody asks.
+    """
 
 
 class PodFiles(Body):

@@ -342,7 +342,21 @@ class World:
             return storage.Inventory(containers=sorted(self.rootfs), pods=sorted(self.pod_files))
 
         async def fs_info(_body: storage.FsInfoGet) -> storage.FsInfo:
-            return storage.FsInfo(mountpoint="/var/lib/bulkhead", used_bytes=11, used_inodes=12)
+            return storage.FsInfo(
+                mountpoint="/var/lib/bulkhead",
+                used_bytes=11,
+                used_inodes=12,
+                layers_bytes=13,
+                layers_inodes=14,
+            )
+
+        async def usages(_body: storage.UsageList) -> storage.UsagesListed:
+            return storage.UsagesListed(
+                usages=[
+                    storage.LayerUsage(container_id=id_, used_bytes=4096, used_inodes=2, timestamp_ns=5)
+                    for id_ in sorted(self.rootfs)
+                ]
+            )
 
         return {
             storage.PodSetup: pod_setup,
@@ -352,6 +366,7 @@ class World:
             storage.ContainerUnmount: unmount,
             storage.InventoryList: inventory,
             storage.FsInfoGet: fs_info,
+            storage.UsageList: usages,
             storage.ImageGet: self._image_get,
             storage.ImageList: self._image_list,
             storage.ImagePut: self._image_put,
@@ -578,8 +593,9 @@ class Worker:
         self.front = Front(
             self.service.stats, max_requests=config.max_requests, max_message_bytes=config.max_message_bytes
         )
-        self.front.add_service("RuntimeService", main.runtime_service(self.service))
-        self.front.add_service("ImageService", main.image_service(self.service))
+        runtime, images = main.runtime_service(self.service), main.image_service(self.service)
+        self.front.add_service("RuntimeService", runtime, main.runtime_streams(self.service))
+        self.front.add_service("ImageService", images, main.image_streams(self.service))
         self.front.add_stream(main.OPERATOR_SERVICE, main.WATCH_PULLS, self.service.watch_pulls)
         self.path = str(world.root / "bind" / f"{Worker.starts}")
         self.channel = grpc.aio.insecure_channel(f"unix:{self.path}")
@@ -590,6 +606,7 @@ class Worker:
     async def start(self) -> Worker:
         await self.front.start(self.path)
         await self.recovery.load()
+        self.service.observing.begin()
         self.front.open()
         self.service.streaming.open_sessions()
         self.recovery.run()

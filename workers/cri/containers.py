@@ -178,6 +178,7 @@ class Containers:
         record = container.record
         record.uid, record.gid, record.groups = rootfs.uid, rootfs.gid, list(rootfs.additional_gids)
         record.stop_signal = built.stop_signal
+        record.cgroup = built.cgroup_path
         record.log_path = podspec.container_log_path(container.config, pod.config)
         return built
 

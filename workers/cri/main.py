@@ -1,9 +1,10 @@
 """Runs in: cri. The worker's entrance and its whole API.
 
 `runtime_service` and `image_service` are the RPCs of the CRI that are answered (the others say
-UNIMPLEMENTED), `handlers` the messages of other processes. The gRPC socket is bound in a directory of cri's
-own and the supervisor renames it into its public place. Runs without privileges, capabilities and network;
-writes only below `<run_root>/cri`.
+UNIMPLEMENTED), `runtime_streams` and `image_streams` those whose answer is a stream, `handlers` the
+messages of other processes. The gRPC socket is bound in a directory of cri's own and the supervisor renames
+it into its public place. Runs without privileges, capabilities and network; writes only below
+`<run_root>/cri`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from workers import boot, boot_aio
 from workers.cri.node import Node
 from workers.cri.peers import Peers
 from workers.cri.recovery import Recovery
-from workers.cri.server import Front
+from workers.cri.server import Front, StreamHandler
 from workers.cri.server import Handler as RpcHandler
 from workers.cri.service import Service
 from workers.cri.state import Store
@@ -46,12 +47,12 @@ def runtime_service(service: Service) -> dict[str, RpcHandler]:
         "StopPodSandbox": service.stop_pod_sandbox,
         "RemovePodSandbox": service.remove_pod_sandbox,
         "PodSandboxStatus": service.pod_sandbox_status,
-        "ListPodSandbox": service.list_pod_sandbox,
+        "ListPodSandbox": service.observing.list_pods,
         "CreateContainer": service.create_container,
         "StartContainer": service.start_container,
         "StopContainer": service.stop_container,
         "RemoveContainer": service.remove_container,
-        "ListContainers": service.list_containers,
+        "ListContainers": service.observing.list_containers,
         "ContainerStatus": service.container_status,
         "ReopenContainerLog": service.reopen_container_log,
         "UpdateContainerResources": service.update_container_resources,
@@ -60,6 +61,24 @@ def runtime_service(service: Service) -> dict[str, RpcHandler]:
         "Exec": service.exec,
         "Attach": service.attach,
         "PortForward": service.port_forward,
+        "ContainerStats": service.observing.container_stats,
+        "ListContainerStats": service.observing.list_container_stats,
+        "PodSandboxStats": service.observing.pod_stats,
+        "ListPodSandboxStats": service.observing.list_pod_stats,
+        "ListMetricDescriptors": service.observing.metric_descriptors,
+        "ListPodSandboxMetrics": service.observing.list_pod_metrics,
+    }
+
+
+def runtime_streams(service: Service) -> dict[str, StreamHandler]:
+    """RuntimeService: the server streams."""
+    return {
+        "StreamPodSandboxes": service.observing.stream_pods,
+        "StreamContainers": service.observing.stream_containers,
+        "StreamContainerStats": service.observing.stream_container_stats,
+        "StreamPodSandboxStats": service.observing.stream_pod_stats,
+        "StreamPodSandboxMetrics": service.observing.stream_pod_metrics,
+        "GetContainerEvents": service.observing.container_events,
     }
 
 
@@ -72,6 +91,11 @@ def image_service(service: Service) -> dict[str, RpcHandler]:
         "RemoveImage": service.remove_image,
         "ImageFsInfo": service.image_fs_info,
     }
+
+
+def image_streams(service: Service) -> dict[str, StreamHandler]:
+    """ImageService: the server streams."""
+    return {"StreamImages": service.observing.stream_images}
 
 
 def handlers(service: Service) -> Handlers:
@@ -148,8 +172,8 @@ class Worker:
             max_requests=settings.max_requests,
             max_message_bytes=settings.max_message_bytes,
         )
-        front.add_service("RuntimeService", runtime_service(service))
-        front.add_service("ImageService", image_service(service))
+        front.add_service("RuntimeService", runtime_service(service), runtime_streams(service))
+        front.add_service("ImageService", image_service(service), image_streams(service))
         front.add_stream(OPERATOR_SERVICE, WATCH_PULLS, service.watch_pulls)
         return front
 
@@ -176,6 +200,7 @@ class Worker:
         await control_.tell(control.SocketBound(path=path))
         recovery = Recovery(service.node, service.pods, service.containers, service.watcher)
         await recovery.load()
+        service.observing.begin()
         front.open()
         service.streaming.open_sessions()
         recovery.run()

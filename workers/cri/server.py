@@ -9,8 +9,9 @@ the CRI that have no handler answer UNIMPLEMENTED. Nothing is ever answered UNKN
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -27,7 +28,9 @@ from workers.cri.metrics import RpcStats
 STATUS_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 MAX_MESSAGE = 3500  # characters of a status text: trailers share one 8 KiB header list
 #: RPCs that kubelets send every second; their success is logged only at debug level.
-QUIET = ("List", "Status", "Version", "RuntimeConfig", "ImageFsInfo", "ImageStatus")
+QUIET = ("List", "Stream", "Status", "Version", "RuntimeConfig", "ImageFsInfo", "ImageStatus")
+#: Streams that last until somebody ends them.
+ENDLESS = {"GetContainerEvents"}
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Rpc:
 
 
 Handler = Callable[[Rpc, Any], Awaitable[Any]]
+StreamHandler = Callable[[Rpc, Any], AsyncIterator[Any]]
 Streamer = Callable[[bytes], AsyncIterator[bytes]]
 
 
@@ -69,13 +73,24 @@ class Front:
 
     # -- set-up ---------------------------------------------------------------------------------------
 
-    def add_service(self, name: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve one service of the CRI. Raises ValueError if a handler is of no RPC."""
+    def add_service(
+        self,
+        name: str,
+        handlers: Mapping[str, Handler],
+        streams: Mapping[str, StreamHandler],
+    ) -> None:
+        """Serve one service of the CRI. Raises ValueError if a handler is of no RPC, or of the wrong kind."""
         methods = pb.DESCRIPTOR.services_by_name[name].methods_by_name
-        unknown = handlers.keys() - methods.keys()
-        if unknown:
-            raise ValueError(f"{name} has no RPC {sorted(unknown)}")
-        rows: dict[str, Any] = {rpc: self._row(methods[rpc], handlers.get(rpc)) for rpc in methods}
+        for given, streaming in ((handlers, False), (streams, True)):
+            right = {rpc for rpc, method in methods.items() if method.server_streaming is streaming}
+            if unknown := given.keys() - right:
+                raise ValueError(f"{name} has no RPC {sorted(unknown)} with streaming={streaming}")
+        rows: dict[str, Any] = {
+            rpc: self._stream_row(methods[rpc], streams.get(rpc))
+            if methods[rpc].server_streaming
+            else self._row(methods[rpc], handlers.get(rpc))
+            for rpc in methods
+        }
         service = pb.DESCRIPTOR.services_by_name[name].full_name
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
 
@@ -95,15 +110,18 @@ class Front:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
 
     def _row(self, method: Any, handler: Handler | None) -> grpc.RpcMethodHandler[Any, Any]:
-        request = getattr(pb, method.input_type.name)
-        answer = getattr(pb, method.output_type.name)
-        kind = grpc.unary_unary_rpc_method_handler
-        serve: Any = self._unary(method.name, handler or unimplemented)
-        if method.server_streaming:
-            kind = grpc.unary_stream_rpc_method_handler
-            serve = self._refused_stream(method.name)
-        return kind(
-            serve, request_deserializer=request.FromString, response_serializer=answer.SerializeToString
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method.name, handler or unimplemented),
+            request_deserializer=getattr(pb, method.input_type.name).FromString,
+            response_serializer=to_bytes,
+        )
+
+    def _stream_row(self, method: Any, handler: StreamHandler | None) -> grpc.RpcMethodHandler[Any, Any]:
+        serve: Any = self._streaming(method.name, handler or unimplemented_stream)
+        return grpc.unary_stream_rpc_method_handler(
+            serve,
+            request_deserializer=getattr(pb, method.input_type.name).FromString,
+            response_serializer=to_bytes,
         )
 
     # -- life -----------------------------------------------------------------------------------------
@@ -171,21 +189,76 @@ class Front:
 
     def _note(self, rpc: Rpc, code: str, text: str) -> None:
         seconds = time.monotonic() - rpc.since
-        self._stats.observe(rpc.name, seconds, failed=code != "ok")
+        if rpc.name not in ENDLESS:
+            self._stats.observe(rpc.name, seconds, failed=code != "ok")
         fields: dict[str, Any] = {"rpc": rpc.name, "request": rpc.number, "code": code}
         fields |= {"ms": round(seconds * 1000, 1), **rpc.subject}
         if text:
             fields["error"] = text
         quiet = code == "ok" and rpc.name.startswith(QUIET)
-        quiet |= code == "ok" and rpc.name.endswith("Status")
+        quiet |= code == "ok" and rpc.name.endswith(("Status", "Stats"))
         (log.get().debug if quiet else log.get().info)("rpc", **fields)
 
-    def _refused_stream(self, name: str) -> Callable[[Any, Any], Awaitable[None]]:
-        async def serve(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            self._note(Rpc(name, next(self._numbers), context), Code.UNIMPLEMENTED, "")
-            await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{name} is not implemented")
+    def _streaming(self, name: str, handler: StreamHandler) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            rpc = Rpc(name, next(self._numbers), context)
+            end = _End()
+            task = self._streams_begin(rpc)
+            try:
+                self._admit()
+                await self._open.wait()
+                async with contextlib.aclosing(_ended(handler(rpc, request), end)) as messages:
+                    async for message in messages:
+                        yield message
+            except RemoteError as known:
+                end.code, end.error = known.code, known
+            finally:
+                self._streams_end(rpc, task)
+                self._note(rpc, end.code, "" if end.error is None else end.error.message)
+            if end.error is not None:
+                await context.abort(status_of(end.error), end.error.message[:MAX_MESSAGE])
 
         return serve
+
+    def _streams_begin(self, rpc: Rpc) -> asyncio.Task[Any] | None:
+        """Lists in pieces count among the RPCs in flight like others. Endless streams do not: they would use
+        the bound up, and their age means nothing."""
+        if rpc.name not in ENDLESS:
+            self._running[rpc.number] = rpc
+            return None
+        task = asyncio.current_task()
+        self._streams.add(task)
+        return task
+
+    def _streams_end(self, rpc: Rpc, task: asyncio.Task[Any] | None) -> None:
+        self._running.pop(rpc.number, None)
+        self._streams.discard(task)
+
+
+@dataclass
+class _End:
+    """How a stream ended."""
+
+    code: str = Code.CANCELLED  # unless it comes to an end of its own
+    error: RemoteError | None = None
+
+
+async def _ended(messages: AsyncIterator[Any], end: _End) -> AsyncGenerator[Any, None]:
+    """What a handler yields; its end, or how it failed, is noted."""
+    try:
+        async for message in messages:
+            yield message
+        end.code = "ok"
+    except RemoteError as known:
+        end.code, end.error = known.code, known
+    except Exception as bug:  # noqa: BLE001 - logged with its stack; other pods must still be served
+        log.get().bug("stream crashed", bug)
+        end.code, end.error = Code.INTERNAL, RemoteError(Code.INTERNAL, "a bug in cri, see its log")
+
+
+def to_bytes(message: Any) -> bytes:
+    """Serialize a message; what is bytes already (a list that was kept) stays."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def subject_of(request: Any) -> dict[str, str]:
@@ -202,6 +275,11 @@ def subject_of(request: Any) -> dict[str, str]:
 async def unimplemented(rpc: Rpc, _request: Any) -> Any:
     """The handler of RPCs that have none."""
     raise RemoteError(Code.UNIMPLEMENTED, f"{rpc.name} is not implemented")
+
+
+async def unimplemented_stream(rpc: Rpc, request: Any) -> AsyncIterator[Any]:
+    """The same for streams."""
+    yield await unimplemented(rpc, request)
 
 
 def status_of(error: RemoteError) -> grpc.StatusCode:

@@ -24,6 +24,7 @@ from workers.cri.containers import Containers
 from workers.cri.images import Images
 from workers.cri.metrics import RpcStats
 from workers.cri.node import Node
+from workers.cri.observing import Observing
 from workers.cri.peers import SHORT
 from workers.cri.pods import Pods
 from workers.cri.pull import Pulls
@@ -58,6 +59,7 @@ class Service:
         self.pods = Pods(node, self.containers.kill, self.containers.remove_whole, sandboxes)
         self.updates = Updates(node, self.containers, self.pods)
         self.streaming = Streaming(node, self.containers, self.pods)
+        self.observing = Observing(node, self.images)
         self._version = version
 
     # -- the runtime ----------------------------------------------------------------------------------
@@ -115,11 +117,6 @@ class Service:
         await self.updates.pod(request)
         return pb.UpdatePodSandboxResourcesResponse()
 
-    async def list_pod_sandbox(
-        self, _rpc: Rpc, request: pb.ListPodSandboxRequest
-    ) -> pb.ListPodSandboxResponse:
-        return pb.ListPodSandboxResponse(items=views.list_pods(self.node.store, request.filter))
-
     # -- containers -----------------------------------------------------------------------------------
 
     async def create_container(
@@ -144,12 +141,6 @@ class Service:
     ) -> pb.RemoveContainerResponse:
         await self.containers.remove(request.container_id)
         return pb.RemoveContainerResponse()
-
-    async def list_containers(
-        self, _rpc: Rpc, request: pb.ListContainersRequest
-    ) -> pb.ListContainersResponse:
-        found = views.list_containers(self.node.store, request.filter)
-        return pb.ListContainersResponse(containers=found)
 
     async def container_status(
         self, _rpc: Rpc, request: pb.ContainerStatusRequest
@@ -223,9 +214,12 @@ class Service:
         return pb.RemoveImageResponse()
 
     async def image_fs_info(self, rpc: Rpc, _request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
-        """Images and containers share one file system."""
-        usage = fs_usage(await self.images.fs_info(rpc.timeout(SHORT)))
-        return pb.ImageFsInfoResponse(image_filesystems=[usage], container_filesystems=[usage])
+        """Images and containers share one file system, and each tells what is its own."""
+        info = await self.images.fs_info(rpc.timeout(SHORT))
+        return pb.ImageFsInfoResponse(
+            image_filesystems=[fs_usage(info, info.used_bytes, info.used_inodes)],
+            container_filesystems=[fs_usage(info, info.layers_bytes, info.layers_inodes)],
+        )
 
     # -- operators ------------------------------------------------------------------------------------
 
@@ -261,11 +255,11 @@ def to_auth(auth: pb.AuthConfig) -> Auth:
     )
 
 
-def fs_usage(info: FsInfo) -> pb.FilesystemUsage:
+def fs_usage(info: FsInfo, used: int, inodes: int) -> pb.FilesystemUsage:
     """CRI's view of a file system's usage."""
     return pb.FilesystemUsage(
         timestamp=info.timestamp_ns,
         fs_id=pb.FilesystemIdentifier(mountpoint=info.mountpoint),
-        used_bytes=pb.UInt64Value(value=info.used_bytes),
-        inodes_used=pb.UInt64Value(value=info.used_inodes),
+        used_bytes=pb.UInt64Value(value=used),
+        inodes_used=pb.UInt64Value(value=inodes),
     )

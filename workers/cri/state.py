@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from google.protobuf.message import DecodeError
@@ -87,6 +87,7 @@ class ContainerRecord(Body):
     started_at_ns: int = 0
     exit: ExitRecord | None = None
     sandbox: bool = False  # the pod's sandbox container, which no client sees
+    cgroup: str = ""  # below each hierarchy's root
 
 
 class KeptPod(Body):
@@ -166,6 +167,12 @@ def container_name(pod_id: str, config: pb.ContainerConfig) -> ContainerName:
     return ContainerName(pod_id, config.metadata.name, config.metadata.attempt)
 
 
+class Observer(Protocol):
+    """Who is told of changes."""
+
+    def __call__(self, subject: Pod | Container, *, gone: bool) -> None: ...
+
+
 class Store:
     """All pods and containers. Changing a record takes effect with `save_pod` or `save_container`."""
 
@@ -178,6 +185,10 @@ class Store:
         self._pod_ids = Ids("pod sandbox")
         self._container_ids = Ids("container")
         self.boot_id = boot_id
+        #: Counts the changes: what was made of the state is good for as long as this stays the same.
+        self.version = 0
+        #: Called after every change, with the state as it is from now on; `gone` if the subject was dropped.
+        self.observers: list[Observer] = []
         self.kept = KeptFiles(f"{os.path.dirname(path)}/pods")
         self._db = self._open(path)
 
@@ -248,6 +259,7 @@ class Store:
             self.begin(record.id, "pod.run")
         pod = self._show_pod(record, config)
         self.kept.write(pod.id, self.keep_pod(pod))
+        self._changed(pod)
         return pod
 
     def add_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
@@ -256,7 +268,9 @@ class Store:
         with self._transaction():
             self._db.execute("INSERT INTO containers VALUES (?, ?, ?, NULL)", row)
             self.begin(record.id, "container.create")
-        return self._show_container(record, config)
+        container = self._show_container(record, config)
+        self._changed(container)
+        return container
 
     def save_pod(self, pod: Pod, *, done: str = "") -> None:
         """Write a pod's record; `done` is the intent that ends with it. A pod that was removed stays so."""
@@ -269,6 +283,7 @@ class Store:
             self._db.execute("UPDATE pods SET record = ? WHERE id = ?", (record, pod.id))
             self._end(pod.id, done)
         self.kept.write(pod.id, self.keep_pod(pod))
+        self._changed(pod)
 
     def save_container(self, container: Container, *, done: str = "") -> None:
         """Write a container's record; `done` is the intent that ends with it."""
@@ -280,6 +295,7 @@ class Store:
             record = msgspec.msgpack.encode(container.record)
             self._db.execute("UPDATE containers SET record = ? WHERE id = ?", (record, container.id))
             self._end(container.id, done)
+        self._changed(container)
 
     def drop_pod(self, pod: Pod) -> None:
         """Nothing is left of the pod: forget it and its intents. Absent is success."""
@@ -289,7 +305,8 @@ class Store:
             self._db.execute("DELETE FROM intents WHERE subject = ?", (pod.id,))
         self._free_pod_name(pod)
         self._pod_ids.discard(pod.id)
-        self.pods.pop(pod.id, None)
+        if self.pods.pop(pod.id, None) is not None:
+            self._changed(pod, gone=True)
         self._of_pod.pop(pod.id, None)
 
     def drop_container(self, container: Container) -> None:
@@ -299,8 +316,9 @@ class Store:
             self._db.execute("DELETE FROM intents WHERE subject = ?", (container.id,))
         self._free_container_name(container)
         self._container_ids.discard(container.id)
-        self.containers.pop(container.id, None)
         self._of_pod.get(container.record.pod_id, {}).pop(container.id, None)
+        if self.containers.pop(container.id, None) is not None:
+            self._changed(container, gone=True)
 
     def save_pod_update(self, pod: Pod, config: pb.PodSandboxConfig) -> None:
         """A pod's resources were told anew."""
@@ -308,6 +326,7 @@ class Store:
         self._db.execute("UPDATE pods SET config = ? WHERE id = ?", row)
         pod.config = config
         self.kept.write(pod.id, self.keep_pod(pod))
+        self._changed(pod)
 
     def keep_pod(self, pod: Pod) -> KeptPod:
         """A pod in the form that is kept beside the state."""
@@ -335,6 +354,7 @@ class Store:
             self._begin_if(record.id, intent)
         pod = self._show_pod(record, pb.PodSandboxConfig.FromString(kept.config))
         self.kept.write(pod.id, kept)
+        self._changed(pod)
         return pod
 
     def take_container(self, kept: KeptContainer, spec: bytes | None, *, intent: str = "") -> Container:
@@ -344,7 +364,9 @@ class Store:
             row = (record.id, msgspec.msgpack.encode(record), kept.config, spec)
             self._db.execute("INSERT INTO containers VALUES (?, ?, ?, ?)", row)
             self._begin_if(record.id, intent)
-        return self._show_container(record, pb.ContainerConfig.FromString(kept.config))
+        container = self._show_container(record, pb.ContainerConfig.FromString(kept.config))
+        self._changed(container)
+        return container
 
     def _begin_if(self, subject: str, intent: str) -> None:
         if intent:
@@ -380,6 +402,7 @@ class Store:
         row = (config.SerializeToString(), spec, container.id)
         self._db.execute("UPDATE containers SET config = ?, spec = ? WHERE id = ?", row)
         container.config = config
+        self._changed(container)
 
     def spec(self, container_id: str) -> bytes:
         """The OCI spec of a container. Raises RemoteError(NOT_FOUND) before there is one."""
@@ -389,6 +412,11 @@ class Store:
         return bytes(row[0])
 
     # -- inside ---------------------------------------------------------------------------------------
+
+    def _changed(self, subject: Pod | Container, *, gone: bool = False) -> None:
+        self.version += 1
+        for observer in self.observers:
+            observer(subject, gone=gone)
 
     def _open(self, path: str) -> sqlite3.Connection:
         """Open the file and take its rows in; a damaged one makes room for an empty one."""

@@ -39,13 +39,19 @@ def container_state(container: Container) -> pb.ContainerState:
 # -- lists ------------------------------------------------------------------------------------------------
 
 
-def list_pods(store: Store, wanted: pb.PodSandboxFilter) -> Iterable[pb.PodSandbox]:
+def match_pods(store: Store, wanted: pb.PodSandboxFilter) -> list[Pod]:
     """The pods that pass a filter: id prefix, state and labels, all of them."""
-    for pod in store.match_pods(wanted.id):
-        if wanted.HasField("state") and pod_state(pod) != wanted.state.state:
-            continue
-        if has_labels(pod.config.labels, wanted.label_selector):
-            yield pod_item(pod)
+    return [
+        pod
+        for pod in store.match_pods(wanted.id)
+        if (not wanted.HasField("state") or pod_state(pod) == wanted.state.state)
+        and has_labels(pod.config.labels, wanted.label_selector)
+    ]
+
+
+def list_pods(store: Store, wanted: pb.PodSandboxFilter) -> Iterable[pb.PodSandbox]:
+    """As `match_pods`, as they stand in a list."""
+    return map(pod_item, match_pods(store, wanted))
 
 
 def pod_item(pod: Pod) -> pb.PodSandbox:
@@ -61,19 +67,24 @@ def pod_item(pod: Pod) -> pb.PodSandbox:
     )
 
 
-def list_containers(store: Store, wanted: pb.ContainerFilter) -> Iterable[pb.Container]:
+def match_containers(store: Store, wanted: pb.ContainerFilter) -> list[Container]:
     """The containers that pass a filter: id prefix, pod, state and labels, all of them."""
-    pod_id = _pod_of(store, wanted.pod_sandbox_id)
-    for container in store.match_containers(wanted.id):
-        if wanted.pod_sandbox_id and container.record.pod_id != pod_id:
-            continue
-        if wanted.HasField("state") and container_state(container) != wanted.state.state:
-            continue
-        if has_labels(container.config.labels, wanted.label_selector):
-            yield container_item(container)
+    pod_id = pod_of(store, wanted.pod_sandbox_id)
+    return [
+        container
+        for container in store.match_containers(wanted.id)
+        if (not wanted.pod_sandbox_id or container.record.pod_id == pod_id)
+        and (not wanted.HasField("state") or container_state(container) == wanted.state.state)
+        and has_labels(container.config.labels, wanted.label_selector)
+    ]
 
 
-def _pod_of(store: Store, text: str) -> str:
+def list_containers(store: Store, wanted: pb.ContainerFilter) -> Iterable[pb.Container]:
+    """As `match_containers`, as they stand in a list."""
+    return map(container_item, match_containers(store, wanted))
+
+
+def pod_of(store: Store, text: str) -> str:
     """The one pod that a filter's prefix means, "" if it means none or several."""
     matches = store.match_pods(text) if text else []
     return matches[0].id if len(matches) == 1 else ""

@@ -45,6 +45,7 @@ from .mounts import Progress
 from .paths import Paths, checked_id
 from .serial import Done, Serial
 from .trouble import HOST_TROUBLE, contained, refusal, told
+from .usage import Usages
 from .volumes import VolumePlan
 
 EMPTY_LINK = "empty"
@@ -93,6 +94,8 @@ class Containers:
         self._images = images
         self.source_timeout = source_timeout
         self._serial = Serial()
+        self.usages = Usages(loop, jobs, paths)
+        self.usages.found(database.container_ids())
 
     # -- create ---------------------------------------------------------------------------------------
 
@@ -128,6 +131,7 @@ class Containers:
             watch.cancel()
             progress.close()
             if not isinstance(outcome, RemoteError):
+                self.usages.made(body.container_id)
                 call.reply(msgspec.convert(outcome, ContainerRootfs))
                 done()
                 return
@@ -192,6 +196,7 @@ class Containers:
         self._jobs.start(dismantle, plan, str(grave), on_done=dismantled, name="remove container")
 
     def _forget(self, container_id: str) -> RemoteError | None:
+        self.usages.gone(container_id)
         try:
             self._database.drop_container(container_id)
         except HOST_TROUBLE as error:

@@ -25,6 +25,7 @@ from .containers import Containers, SpecDirectories
 from .database import Database
 from .images import Images
 from .layers import Layers
+from .mounts import mounted_device
 from .paths import Paths
 from .pods import Pods
 from .trouble import Children, answering
@@ -59,6 +60,7 @@ class Storage:
             directories=directories_of(settings),
         )
         self.pods = Pods(self.jobs, paths)
+        self.device = mounted_device(paths.root)
 
     def use(self, settings: StorageSettings) -> None:
         """Work with these settings from now on; what has begun ends with those of before."""
@@ -74,6 +76,7 @@ class Storage:
     def fs_info(self, _call: Call, _body: storage.FsInfoGet) -> storage.FsInfo:
         """storage.fs.info"""
         used, entries = self.database.totals()
+        layers_bytes, layers_inodes = self.containers.usages.totals()
         status = os.statvfs(self.paths.root)
         return storage.FsInfo(
             mountpoint=str(self.paths.root),
@@ -81,6 +84,12 @@ class Storage:
             used_inodes=entries,
             available_bytes=status.f_bavail * status.f_frsize,
             timestamp_ns=time.time_ns(),
+            layers_bytes=layers_bytes,
+            layers_inodes=layers_inodes,
+            capacity_bytes=status.f_blocks * status.f_frsize,
+            inodes=status.f_files,
+            inodes_free=status.f_favail,
+            device=self.device,
         )
 
     def inventory(self, _call: Call, _body: storage.InventoryList) -> storage.Inventory:
@@ -98,6 +107,7 @@ class Storage:
             Handler(storage.ImageList, answering(self.images.list_all), CALLERS),
             Handler(storage.ImageRemove, answering(self.images.remove), CALLERS),
             Handler(storage.FsInfoGet, answering(self.fs_info), CALLERS),
+            Handler(storage.UsageList, answering(self.containers.usages.list_all), CALLERS),
             Handler(storage.PodSetup, answering(self.pods.setup), CALLERS),
             Handler(storage.PodTeardown, answering(self.pods.teardown), CALLERS),
             Handler(storage.ContainerCreate, answering(self.containers.create), CALLERS),

@@ -76,6 +76,18 @@ def parse_mountinfo(line: str) -> Mount:
     )
 
 
+def mounted_device(path: Path) -> str:
+    """What the file system of `path` was mounted from ("/dev/sda1"), "" if it cannot be told."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.split()
+            if fields[2] == wanted:
+                return _unescape(fields[fields.index("-", 6) + 2])
+    return ""
+
+
 def _unescape(text: str) -> str:
     for code, character in (("040", " "), ("011", "\t"), ("012", "\n"), ("134", "\\")):
         text = text.replace(f"\\{code}", character)

@@ -332,7 +332,7 @@ def test_fs_info_tells_both_file_systems() -> None:
     async def scenario(_world: World, worker: Worker) -> None:
         answer = await worker.images.ImageFsInfo(pb.ImageFsInfoRequest())
         assert answer.image_filesystems[0].used_bytes.value == 11
-        assert answer.container_filesystems[0].inodes_used.value == 12
+        assert answer.container_filesystems[0].inodes_used.value == 14
 
     play(scenario)
 
