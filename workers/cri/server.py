@@ -175,7 +175,7 @@ class Front:
             code, error = known.code, known
         except Exception as bug:  # noqa: BLE001 - logged with its stack; other pods must still be served
             log.get().bug("rpc crashed", bug, rpc=rpc.name, request=rpc.number)
-            code, error = Code.INTERNAL, RemoteError(Code.INTERNAL, f"{rpc.name}: a bug in cri, see its log")
+            code, error = Code.INTERNAL, bug_of(rpc)
         finally:
             del self._running[rpc.number]
             self._note(rpc, code, "" if error is None else error.message)
@@ -207,7 +207,7 @@ class Front:
             try:
                 self._admit()
                 await self._open.wait()
-                async with contextlib.aclosing(_ended(handler(rpc, request), end)) as messages:
+                async with contextlib.aclosing(_ended(handler, rpc, request, end)) as messages:
                     async for message in messages:
                         yield message
             except RemoteError as known:
@@ -243,17 +243,22 @@ class _End:
     error: RemoteError | None = None
 
 
-async def _ended(messages: AsyncIterator[Any], end: _End) -> AsyncGenerator[Any, None]:
+async def _ended(handler: StreamHandler, rpc: Rpc, request: Any, end: _End) -> AsyncGenerator[Any, None]:
     """What a handler yields; its end, or how it failed, is noted."""
     try:
-        async for message in messages:
+        async for message in handler(rpc, request):
             yield message
         end.code = "ok"
     except RemoteError as known:
         end.code, end.error = known.code, known
     except Exception as bug:  # noqa: BLE001 - logged with its stack; other pods must still be served
-        log.get().bug("stream crashed", bug)
-        end.code, end.error = Code.INTERNAL, RemoteError(Code.INTERNAL, "a bug in cri, see its log")
+        log.get().bug("rpc crashed", bug, rpc=rpc.name, request=rpc.number)
+        end.code, end.error = Code.INTERNAL, bug_of(rpc)
+
+
+def bug_of(rpc: Rpc) -> RemoteError:
+    """What a client is told of a bug."""
+    return RemoteError(Code.INTERNAL, f"{rpc.name}: a bug in cri, see its log")
 
 
 def to_bytes(message: Any) -> bytes:

@@ -282,8 +282,9 @@ def _io_v2(path: str) -> dict[str, Io]:
         for line in read(path).decode("ascii").splitlines():
             device, *words = line.split()
             values = dict(word.split("=") for word in words if "=" in word)
-            got = [int(values.get(key, 0)) for key in ("rbytes", "wbytes", "rios", "wios")]
-            found[device] = Io(*got)
+            if values:
+                got = [int(values.get(key, 0)) for key in ("rbytes", "wbytes", "rios", "wios")]
+                found[device] = Io(*got)
     return found
 
 
