@@ -92,8 +92,8 @@ class Observing:
     async def list_container_stats(
         self, _rpc: Rpc, request: pb.ListContainerStatsRequest
     ) -> pb.ListContainerStatsResponse:
-        layers = await self.stats.layers.all()
         found = self._containers(request.filter)
+        layers = await self.stats.layers.all(found)
         return pb.ListContainerStatsResponse(
             stats=(self.stats.container_stats(one, layers.get(one.id)) for one in found)
         )
@@ -101,10 +101,11 @@ class Observing:
     async def stream_container_stats(
         self, _rpc: Rpc, request: pb.StreamContainerStatsRequest
     ) -> AsyncIterator[pb.StreamContainerStatsResponse]:
-        layers = await self.stats.layers.all()
+        found = self._containers(request.filter)
+        layers = await self.stats.layers.all(found)
         stats = (
             self.stats.container_stats(one, layers.get(one.id))
-            for one in self._containers(request.filter)
+            for one in found
             if one.id in self._store.containers
         )
         async for piece in pieces(stats, pb.StreamContainerStatsResponse, "container_stats"):
@@ -118,7 +119,7 @@ class Observing:
 
     async def _pod_stats(self, wanted: pb.PodSandboxStatsFilter) -> Iterable[pb.PodSandboxStats]:
         """Stats of the ready pods that pass the filter, made one after the other."""
-        layers, shared = await self.stats.layers.all(), self.stats.parents()
+        layers, shared = await self.stats.layers.all(self.stats.live()), self.stats.parents()
         found = views.match_pods(
             self._store,
             pb.PodSandboxFilter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -294,7 +295,8 @@ def test_while_storage_is_silent_the_layers_are_as_they_were(tmp_path: Path) -> 
     async def scenario(world: World, worker: Worker) -> None:
         _, container_id = await node_with_groups(worker, tmp_path)
         layers = worker.service.observing.stats.layers
-        assert (await layers.all())[container_id].used_bytes == 4096
+        container = worker.node.store.containers[container_id]
+        assert (await layers.all([container]))[container_id].used_bytes == 4096
         world.fail(storage.UsageList, RemoteError(Code.UNAVAILABLE, "gone"))
         layers._asked = 0.0
         assert (await layers.all())[container_id].timestamp_ns == 5
@@ -325,7 +327,8 @@ def test_a_pod_in_the_hosts_network_has_no_interfaces_of_its_own() -> None:
         pod_id = await worker.run_pod("p")
         pod = worker.node.store.pods[pod_id]
         pod.config.linux.security_context.namespace_options.network = pb.NamespaceMode.NODE
-        pod.record.init_pid = 1
+        container_id = await worker.create(pod_id)
+        worker.node.store.containers[container_id].record.pid = os.getpid()
         assert worker.service.observing.stats.network(pod) is None
 
     play(scenario)

@@ -48,6 +48,11 @@ class Stats:
         self._rates = Rates()
         self._networks: dict[str, pb.NetworkUsage] = {}
 
+    def live(self) -> list[Container]:
+        """Containers that clients see and that have a cgroup."""
+        everybody = self._store.containers.values()
+        return [one for one in everybody if one.phase in LIVE and not one.record.sandbox]
+
     # -- groups ---------------------------------------------------------------------------------------
 
     def group(self, container: Container) -> str:
@@ -77,7 +82,8 @@ class Stats:
 
     async def container(self, container: Container) -> pb.ContainerStats:
         """Stats of one container. Of one that has ended only its writable layer is left."""
-        return self.container_stats(container, await self.layers.of(container.id))
+        layers = await self.layers.all([container])
+        return self.container_stats(container, layers.get(container.id))
 
     def container_stats(self, container: Container, layer: LayerUsage | None) -> pb.ContainerStats:
         """Stats of one container."""
@@ -138,7 +144,8 @@ class Stats:
 
     async def pod(self, pod: Pod) -> pb.PodSandboxStats:
         """Stats of one pod with those of its containers."""
-        return self.pod_stats(pod, await self.layers.all(), self.parents())
+        layers = await self.layers.all(self._store.containers_of(pod.id))
+        return self.pod_stats(pod, layers, self.parents())
 
     def pod_stats(self, pod: Pod, layers: dict[str, LayerUsage], shared: Counter[str]) -> pb.PodSandboxStats:
         """Stats of one pod; `shared` from `parents`."""
@@ -206,9 +213,7 @@ class Stats:
         return None
 
     def pids(self, pod: Pod) -> Iterable[int]:
-        """Processes in the pod's network namespace."""
-        if pod.record.init_pid:
-            yield pod.record.init_pid
+        """Processes in the pod's network namespace; the pod's built-in init is not in it."""
         for container in self._store.containers_of(pod.id):
             if container.phase in LIVE and container.record.pid:
                 yield container.record.pid

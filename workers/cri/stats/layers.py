@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 
 from ipc import log
 from ipc.errors import RemoteError
 from ipc.messages.storage import LayerUsage, UsageList
 from workers.cri.node import Node
+from workers.cri.state import Container
 
 #: Seconds that an answer is good for, and how long stats wait for the next one.
 FRESH = 3.0
@@ -28,20 +30,13 @@ class Layers:
         self._asked = -FRESH
         self._asking = asyncio.Lock()
 
-    async def all(self) -> dict[str, LayerUsage]:
-        """Figures of every container that storage has measured."""
+    async def all(self, of: Iterable[Container] = ()) -> dict[str, LayerUsage]:
+        """Figures of every container that storage has measured; asked anew if one of `of` is unknown."""
         async with self._asking:
-            if time.monotonic() - self._asked >= FRESH:
+            old = time.monotonic() - self._asked >= FRESH
+            if old or any(container.id not in self._known for container in of):
                 await self._ask()
         return self._known
-
-    async def of(self, container_id: str) -> LayerUsage | None:
-        """Figures of one container; one that is newer than the last answer is asked for."""
-        known = await self.all()
-        if container_id not in known:
-            async with self._asking:
-                await self._ask()
-        return self._known.get(container_id)
 
     async def _ask(self) -> None:
         try:

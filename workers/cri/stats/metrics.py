@@ -77,7 +77,7 @@ class Metrics:
         """The metrics of every pod; the loop turns between them."""
         groups = self._node.settings.pod_metrics
         names = chosen(groups)
-        layers = await self._stats.layers.all() if "disk" in groups else {}
+        layers = await self._stats.layers.all(self._stats.live()) if "disk" in groups else {}
         disk = await self._fs_info() if "disk" in groups else None
         for pod in self._node.store.match_pods(""):
             if pod.phase not in HIDDEN:
