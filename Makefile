@@ -70,8 +70,8 @@ bench: setup ## Figures, against the bare runtime and against Debian's peers
 lint: setup ## ruff and mypy alone
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-proto: setup ## Generate the CRI modules anew from ipc/cri/api.proto
-	@$(BIN)/python -m ipc.cri.generate
+proto: setup ## Generate the modules of the protos in ipc/cri and ipc/nri anew
+	@$(BIN)/python -m ipc.cri.generate && $(BIN)/python -m ipc.nri.generate
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -78,6 +78,9 @@ class CriSettings(Common):
     max_message_bytes: int = 80 * 1024 * 1024
     max_requests: int = 256
     pod_metrics: list[str] = []  # groups of CRI's metrics that are told
+    nri: bool = False  # there may be plugins
+    nri_needed: bool = False  # nothing is made before those that are pre-installed are there
+    nri_worker: int = 0  # pid of the worker that runs, 0 for none
 
 
 class ImageSettings(Common):
@@ -132,6 +135,30 @@ class StreamSettings(Common):
     stall_timeout: float = 30.0  # of a forwarded connection that takes nothing and so holds up others
     max_connections: int = 1024
     max_streams: int = 256  # of one connection
+    idle_exit: float = 60.0
+
+
+class NriValidator(Body):
+    """The default validator of adjustments; see docs/nri.md."""
+
+    enable: bool = False
+    reject_oci_hook_adjustment: bool = False
+    reject_runtime_default_seccomp_adjustment: bool = False
+    reject_unconfined_seccomp_adjustment: bool = False
+    reject_custom_seccomp_adjustment: bool = False
+    reject_namespace_adjustment: bool = False
+    reject_sysctl_adjustment: bool = False
+    required_plugins: list[str] = []
+    tolerate_missing_annotation: str = ""
+
+
+class NriSettings(Common):
+    plugin_dir: str = ""  # of pre-installed plugins
+    plugin_config_dir: str = ""
+    registration_timeout: float = 5.0
+    request_timeout: float = 2.0
+    validator: NriValidator = msgspec.field(default_factory=NriValidator)
+    needed: bool = False  # runs always: there are pre-installed plugins, or a validator
     idle_exit: float = 60.0
 
 

@@ -26,6 +26,7 @@ from supervisor.files import find_program
 #: A check returns "" or what is wrong with the value, as the end of a sentence.
 Check = Callable[[Any], str]
 
+RUN_ROOT = "/run/bulkhead"
 LARGEST = 2**53  # what a float still tells apart from its neighbours
 LEVELS = ("debug", "info", "warning", "error")
 CGROUP_MANAGERS = ("auto", "systemd", "cgroupfs")
@@ -206,6 +207,7 @@ class UsersConfig:
     stream: str | int = key("", "Empty: bulkhead-stream, else uid 64103.", user)
     ops: str | int = key("", "Empty: bulkhead-ops, else uid 64104.", user)
     init: str | int = key("", "Of pod inits. Empty: bulkhead-init, else uid 64105.", user)
+    nri: str | int = key("", "Empty: bulkhead-nri, else uid 64106.", user)
 
 
 @dataclass(frozen=True)
@@ -323,11 +325,44 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class NriValidatorConfig:
+    enable: bool = key(False, "Refuse adjustments by the keys below; NRI's worker then runs always.")
+    reject_oci_hook_adjustment: bool = key(False, "Plugins must not add OCI hooks.")
+    reject_runtime_default_seccomp_adjustment: bool = key(
+        False, "They must not change the policy of containers with the default one."
+    )
+    reject_unconfined_seccomp_adjustment: bool = key(False, "Nor of containers without one.")
+    reject_custom_seccomp_adjustment: bool = key(False, "Nor of containers with one of their own.")
+    reject_namespace_adjustment: bool = key(False, "They must not change namespaces.")
+    reject_sysctl_adjustment: bool = key(False, "They must not change sysctls.")
+    required_plugins: list[str] = key([], "Without these no container is created.")
+    tolerate_missing_annotation: str = key(
+        "", "Annotation of pods that do without required plugins; empty: there is none."
+    )
+
+
+@dataclass(frozen=True)
+class NriConfig:
+    enable: bool = key(True, "Let plugins connect; without any there is no process.")
+    listen: str = key(
+        "",
+        "Socket of plugins; empty: /var/run/nri/nri.sock, or <run_root>/nri.sock beside another run_root.",
+        absolute_or_empty,
+    )
+    disable_connections: bool = key(False, "Only plugins that are installed: there is no socket.")
+    plugin_dir: str = key("/opt/nri/plugins", "Plugins that are started: NN-name, in order.", absolute)
+    plugin_config_dir: str = key("/etc/nri/conf.d", "NN-name.conf or name.conf of each.", absolute)
+    registration_timeout: float = key(5.0, "For a plugin to register, and to be synchronized.", at_least(0.1))
+    request_timeout: float = key(2.0, "For a plugin to answer; then it is disconnected.", at_least(0.1))
+    default_validator: NriValidatorConfig = table(NriValidatorConfig, "What plugins must not adjust.")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything. Made by configfile.load, complete and checked."""
 
     root: str = key("/var/lib/bulkhead", "Persistent state: images, layers, writable layers.", absolute)
-    run_root: str = key("/run/bulkhead", "State of this boot: sockets, pods, monitors.", absolute)
+    run_root: str = key(RUN_ROOT, "State of this boot: sockets, pods, monitors.", absolute)
     listen: str = key("", "The CRI socket; empty: <run_root>/bulkhead.sock.", absolute_or_empty)
     log_level: str = key("info", "debug, info, warning or error. Live on reload.", one_of(*LEVELS))
     cgroup_manager: str = key(
@@ -350,6 +385,7 @@ class Config:
     restart: RestartConfig = table(RestartConfig, "When workers die.")
     ops: OpsConfig = table(OpsConfig, "Metrics and inspection.")
     stream: StreamConfig = table(StreamConfig, "The server of exec, attach and port-forward.")
+    nri: NriConfig = table(NriConfig, "Node resource plugins (NRI).")
 
     def resolved(self) -> Config:
         """Return the configuration with every derived value filled in."""
@@ -362,7 +398,13 @@ class Config:
             default_runtime=self.default_runtime or _default_runtime(runtimes),
             cni=dataclasses.replace(self.cni, cache_dir=self.cni.cache_dir or f"{self.run_root}/net"),
             ops=dataclasses.replace(self.ops, listen=self.ops.listen or f"{self.run_root}/ops.sock"),
+            nri=dataclasses.replace(self.nri, listen=self.nri.listen or _plugin_socket(self.run_root)),
         )
+
+
+def _plugin_socket(run_root: str) -> str:
+    """Where plugins look for it; an instance beside the usual one has a socket of its own."""
+    return "/var/run/nri/nri.sock" if run_root == RUN_ROOT else f"{run_root}/nri.sock"
 
 
 def _default_runtime(runtimes: dict[str, RuntimeConfig]) -> str:

@@ -27,9 +27,17 @@ def render(config: Config) -> str:
         if declared.name == "runtimes":
             _runtimes(lines, value)
         elif dataclasses.is_dataclass(value):
-            lines += [f"# {declared.metadata['doc']}", f"[{declared.name}]"]
-            _keys(lines, value)
+            _table(lines, declared.name, declared.metadata["doc"], value)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(lines: list[str], name: str, doc: str, value: Any) -> None:
+    lines += [f"# {doc}", f"[{name}]"]
+    _keys(lines, value)
+    for declared in dataclasses.fields(value):
+        inner = getattr(value, declared.name)
+        if dataclasses.is_dataclass(inner):
+            _table(lines, f"{name}.{declared.name}", declared.metadata["doc"], inner)
 
 
 def _runtimes(lines: list[str], runtimes: dict[str, RuntimeConfig]) -> None:

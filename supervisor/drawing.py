@@ -11,7 +11,12 @@ from collections.abc import Callable
 from supervisor.table import MIB, ROOT_USER, SUPERVISOR_CALLERS, TABLE, Entry, Table
 
 #: Who connects from outside of the map.
-OUTSIDE = {"cri": ("kubelet", "bulkheadctl"), "stream": ("kubelet",), "ops": ("scraper",)}
+OUTSIDE = {
+    "cri": ("kubelet", "bulkheadctl"),
+    "stream": ("kubelet",),
+    "ops": ("scraper",),
+    "nri": ("plugins",),
+}
 
 
 def tree(table: Table = TABLE) -> str:

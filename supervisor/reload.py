@@ -22,6 +22,7 @@ FIXED = (
     "pools",
     "restart",
     "ops",
+    "nri",
     "grpc",  # given to the gRPC server when it is made
     "stream.address",  # the listener is bound once
     "stream.port",

@@ -40,13 +40,14 @@ from supervisor.settings import (
     bind_directory,
     default_cgroup_parent,
     identities,
+    nri_needed,
     sandbox_paths,
     uids,
 )
-from supervisor.sockets import Place, Sockets, bind, listen, publish
+from supervisor.sockets import Place, Sockets, bind, listen, publish, taken
 from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
-from supervisor.worker import Ground
+from supervisor.worker import Ground, Phase
 
 SILENCE = 3  # a cri that is not killed although it is silent for so many limits: the watchdog may bite
 
@@ -59,7 +60,8 @@ class Supervisor:
 
     def __init__(self, config: Config, notifier: Notifier, reread: Reread, table: Table = TABLE) -> None:
         self.config = config
-        self.table = {kind: _sized(entry, config) for kind, entry in table.items()}
+        wanted = {kind: entry for kind, entry in table.items() if kind != "nri" or config.nri.enable}
+        self.table = {kind: _sized(entry, config) for kind, entry in wanted.items()}
         self.who = identities(config.users, table)
         self.log = SupervisorLog(config.log_level)
         self.loop = Loop()
@@ -69,6 +71,7 @@ class Supervisor:
         self._locks = directories.Locks()
         self._stream_port = 0
         self._derivation = Derivation(config, self.who)
+        self._nri_worker = 0
         self._started_at_ns = time.time_ns()
         self._published = "cri" not in self.table
         self._told_ready = False
@@ -131,7 +134,7 @@ class Supervisor:
         sockets = {kind: self._bind(self.table[kind]) for kind in self._worker_kinds()}
         if "stream" in sockets and "http" in sockets["stream"].extra:
             self._stream_port = sockets["stream"].extra["http"].getsockname()[1]
-        self._derivation = Derivation(self.config, self.who, self._stream_port)
+        self._derivation = self._derive()
         self.kinds = {kind: self._make_kind(self.table[kind], sockets[kind]) for kind in sockets}
         self.probe = hostinfo.HostProbe(
             self.loop,
@@ -152,15 +155,29 @@ class Supervisor:
             sockets=sockets,
             policy=Policy(_rules(self.config), time.monotonic, _chance),
             tally=self.tally,
-            changed=lambda _kind: self._changed(),
+            changed=self._kind_changed,
             bound=self._bound,
         )
+
+    def _derive(self) -> Derivation:
+        return Derivation(self.config, self.who, self._stream_port, self._nri_worker)
 
     def _bind(self, entry: Entry) -> Sockets:
         path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
         stream = self.config.stream
         http: dict[str, Place] = {"ops": self.config.ops.listen, "stream": (stream.address, stream.port)}
-        return bind(entry, path, self.who, {"http": http.get(entry.kind, "")})
+        plugins = self._plugin_path() if entry.kind == "nri" else ""
+        return bind(entry, path, self.who, {"http": http.get(entry.kind, ""), "plugins": plugins})
+
+    def _plugin_path(self) -> str:
+        """Where plugins connect; another runtime's socket is not taken away from it."""
+        nri = self.config.nri
+        if nri.disable_connections:
+            return ""
+        if taken(nri.listen):
+            self.log.error("plugins cannot connect: somebody else listens there", path=nri.listen)
+            return ""
+        return nri.listen
 
     def _worker_kinds(self) -> list[str]:
         return [entry.kind for entry in self.table.values() if entry.is_worker]
@@ -207,6 +224,18 @@ class Supervisor:
         self._published = True
         self.log.info("CRI socket in place", path=self.config.listen)
         self._changed()
+
+    def _kind_changed(self, kind: Kind) -> None:
+        if kind.entry.kind == "nri" and "cri" in self.kinds and not self._stopping:
+            self._tell_of_nri(next((w.pid for w in kind.workers.values() if w.phase is Phase.READY), 0))
+        self._changed()
+
+    def _tell_of_nri(self, pid: int) -> None:
+        """cri asks a worker of plugins only where there is one: so it is told when one comes or goes."""
+        if pid != self._nri_worker:
+            self._nri_worker = pid
+            self._derivation = self._derive()
+            self.kinds["cri"].reload(self._derivation.of("cri"))
 
     def _changed(self) -> None:
         ready = sum(kind.ready for kind in self.kinds.values())
@@ -297,7 +326,7 @@ class Supervisor:
             self.log.info("monitors that run keep their log level")
         self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config)
         self.inits.default_parent = default_cgroup_parent(config)
-        self._derivation = Derivation(config, self.who, self._stream_port)
+        self._derivation = self._derive()
         if hostinfo.PROBED & set(change.taken):
             self.probe.restart(config)  # before cri hears of it and asks
         for kind in self.kinds.values():
@@ -350,7 +379,8 @@ class Supervisor:
 def _sized(entry: Entry, config: Config) -> Entry:
     """Give a pool its configured size."""
     maximum = getattr(config.pools, entry.kind, entry.maximum)
-    return dataclasses.replace(entry, maximum=max(maximum, entry.minimum))
+    minimum = int(nri_needed(config)) if entry.kind == "nri" else entry.minimum
+    return dataclasses.replace(entry, minimum=minimum, maximum=max(maximum, minimum))
 
 
 def _chance() -> float:

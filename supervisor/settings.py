@@ -6,6 +6,7 @@ ipc.settings.* from Config, and of who runs as whom.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pwd
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from supervisor.sandbox.spec import Identity
 from supervisor.table import ROOT_USER, Table
 
 #: Users when there are none of the name bulkhead-<kind>: it runs from a clone with nothing set up.
-FIXED_UIDS = {"cri": 64101, "image": 64102, "stream": 64103, "ops": 64104, "init": 64105}
+FIXED_UIDS = {"cri": 64101, "image": 64102, "stream": 64103, "ops": 64104, "init": 64105, "nri": 64106}
 ROOT = Identity(0, 0)
 
 
@@ -101,12 +102,19 @@ def stream_url(config: Config, port: int) -> str:
 
 
 class Derivation:
-    """Makes the settings of each kind. `stream_port`: what the stream server's listener is bound to."""
+    """Makes the settings of each kind.
 
-    def __init__(self, config: Config, who: Mapping[str, Identity], stream_port: int = 0) -> None:
+    `stream_port`: what the stream server's listener is bound to. `nri_worker`: the pid of the nri worker that
+    is ready, 0 for none, since cri calls nobody who is not there.
+    """
+
+    def __init__(
+        self, config: Config, who: Mapping[str, Identity], stream_port: int = 0, nri_worker: int = 0
+    ) -> None:
         self._config = config
         self._who = who
         self._stream_port = stream_port or config.stream.port
+        self._nri_worker = nri_worker
         self._makers: dict[str, Callable[[], settings.Common]] = {
             "cri": self._cri,
             "image": self._image,
@@ -115,6 +123,7 @@ class Derivation:
             "monitor": self._monitor,
             "stream": self._stream,
             "ops": self._ops,
+            "nri": self._nri,
         }
 
     def of(self, kind: str) -> settings.Common:
@@ -165,6 +174,9 @@ class Derivation:
             max_message_bytes=config.grpc.max_message_bytes,
             max_requests=config.grpc.max_requests,
             pod_metrics=config.metrics.pod_metrics,
+            nri=config.nri.enable,
+            nri_needed=nri_needed(config),
+            nri_worker=self._nri_worker,
         )
 
     def _image(self) -> settings.ImageSettings:
@@ -237,6 +249,33 @@ class Derivation:
         return settings.OpsSettings(
             **self._common(), listen=self._config.ops.listen, idle_exit=self._config.timeouts.idle_exit
         )
+
+    def _nri(self) -> settings.NriSettings:
+        nri = self._config.nri
+        return settings.NriSettings(
+            **self._common(),
+            plugin_dir=nri.plugin_dir,
+            plugin_config_dir=nri.plugin_config_dir,
+            registration_timeout=nri.registration_timeout,
+            request_timeout=nri.request_timeout,
+            validator=settings.NriValidator(**dataclasses.asdict(nri.default_validator)),
+            needed=nri_needed(self._config),
+            idle_exit=self._config.timeouts.idle_exit,
+        )
+
+
+def nri_needed(config: Config) -> bool:
+    """Whether the nri worker runs even though no plugin has connected."""
+    nri = config.nri
+    return bool(nri.enable and (nri.default_validator.enable or _any_program(nri.plugin_dir)))
+
+
+def _any_program(directory: str) -> bool:
+    try:
+        paths = [os.path.join(directory, name) for name in os.listdir(directory)]
+    except OSError:
+        return False
+    return any(os.path.isfile(path) and os.access(path, os.X_OK) for path in paths)
 
 
 def default_cgroup_parent(config: Config) -> str:

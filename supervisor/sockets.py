@@ -69,10 +69,12 @@ def any_readable(sockets: Iterable[socket.socket]) -> bool:
 
 
 def bind(entry: Entry, path: str, who: Mapping[str, Identity], extra: Mapping[str, Place]) -> Sockets:
-    """Bind the sockets of a kind; `extra` has the places of its extra ones. Raises OSError."""
+    """Bind the sockets of a kind; `extra` has the places of its extra ones, "" for none. Raises OSError."""
     sockets = Sockets(listen(path, _uids(entry.callers, who)))
     for name in entry.extra:
         place = extra[name]
+        if not place:
+            continue
         sockets.extra[name] = _listen_stream(place) if isinstance(place, str) else _listen_tcp(*place)
     return sockets
 
@@ -142,6 +144,18 @@ def _listen_tcp(address: str, port: int) -> socket.socket:
                     error.errno, f"cannot listen at {address} port {port}: {error.strerror}"
                 ) from None
             time.sleep(0.05)
+
+
+def taken(path: str) -> bool:
+    """Say whether somebody listens on a Unix stream socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # its backlog is full
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def publish(bound: str, directory: str, public: str) -> None:

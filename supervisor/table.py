@@ -2,7 +2,7 @@
 
 The process table: one entry per kind of process, and everything that is particular to it. Spawn, restart
 policy, sockets, cgroups, status and docs/process-model.md all read it; nothing about a kind of worker stands
-anywhere else in the supervisor. `nri` (node resource plugins) will be one more entry.
+anywhere else in the supervisor.
 """
 
 from __future__ import annotations
@@ -232,6 +232,25 @@ TABLE: Table = by_kind(
         ),
         limits=Limits(memory=256 * MIB, pids=64, cpu_weight=50),
         extra=("http",),
+        stop_order=2,
+    ),
+    Entry(
+        kind="nri",
+        purpose="node resource plugins",
+        module="workers.nri.main",
+        user="nri",
+        minimum=0,  # one, where plugins are installed or a validator is configured
+        restart=Restart.DEMAND,
+        callers=frozenset({"cri"}),
+        sandbox=Sandbox(
+            namespaces=frozenset({"net", "mnt", "ipc", "uts"}),
+            seccomp="nri",
+            oom_score_adj=-500,
+            view=(*DEVICES, _LOG),
+            rlimits={**WORKER_LIMITS, "NOFILE": 1024},
+        ),
+        limits=Limits(memory=1024 * MIB, pids=1024),  # with the plugins that are installed
+        extra=("plugins",),
         stop_order=2,
     ),
     Entry(

@@ -47,19 +47,21 @@ def generate(output: Path) -> None:
     text = HEADER + "".join(_service(service) for service in described.service)
     modules = (output / PROTO).parent
     (modules / "api_pb2_grpc.pyi").write_text(text)
-    _complete_types(modules / "api_pb2.pyi")
-    _use_our_builder(modules / "api_pb2.py")
+    complete_types(modules / "api_pb2.pyi")
+    use_our_builder(modules / "api_pb2.py")
 
 
-def _complete_types(stub: Path) -> None:
+def complete_types(stub: Path) -> None:
     """Give the compiler's bare `_Mapping` its parameters, without which mypy --strict refuses the file."""
-    text = stub.read_text().replace("_Mapping]", "_Mapping[str, _Any]]")
+    text = (
+        stub.read_text().replace("_Mapping]", "_Mapping[str, _Any]]").replace("**kwargs)", "**kwargs: _Any)")
+    )
     stub.write_text(
         text.replace("import ClassVar as _ClassVar,", "import Any as _Any, ClassVar as _ClassVar,")
     )
 
 
-def _use_our_builder(module: Path) -> None:
+def use_our_builder(module: Path) -> None:
     """Build the classes by ipc/cri/builder.py, which takes less memory than protobuf's."""
     theirs, ours = "from google.protobuf.internal import builder", "from ipc.cri import builder"
     text = module.read_text()

@@ -335,6 +335,18 @@ class IdmapSupport(Body):
     why: str = ""
 
 
+class CdiResolved(Body):
+    edits: CdiEdits
+    hooks: dict[str, list[Hook]] = {}  # by stage
+
+
+@request("storage.cdi.resolve", reply=CdiResolved, idempotent=True)
+class CdiResolve(Request[CdiResolved]):
+    """What CDI devices change of a container that a plugin adds them to; as in `storage.container.create`."""
+
+    names: list[str]
+
+
 @request("storage.idmap.probe", reply=IdmapSupport, idempotent=True)
 class IdmapProbe(Request[IdmapSupport]):
     """Try, on the file system of the layers: a user namespace, an id-mapped mount, an overlay on it."""

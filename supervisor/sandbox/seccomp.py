@@ -41,6 +41,12 @@ LISTS: dict[str, Policy] = {
             missing=calls.MISSING,
         ),
         Policy(
+            name="nri",
+            allowed=_COMMON,
+            conditional={**_CONDITIONS, **calls.LOCAL_SOCKETS},
+            missing=calls.MISSING,
+        ),
+        Policy(
             name="storage",  # executes nothing, speaks to this host only
             denied=calls.DANGEROUS | {"bpf", "execve", "execveat"},
             conditional=calls.LOCAL_SOCKETS,

@@ -104,6 +104,7 @@ class Containers:
         self._watcher.watch(container)
         name = container.config.metadata.name
         log.get().info("container created", container=container.id, name=name, pod=pod.id)
+        await self._node.plugins.created(container)
         return container.id
 
     async def _set_up(self, pod: Pod, container: Container, timeout: float) -> None:
@@ -129,6 +130,7 @@ class Containers:
 
         await together(make_rootfs(), self._start_monitor(pod, container))
         built = await self._spec(pod, container, image, rootfs[0])
+        built = await self._node.plugins.create(pod, container, built)
         self._store.save_spec(container.id, built.spec)
         await self._create_by_monitor(pod, container, built, timeout)
 
@@ -221,6 +223,7 @@ class Containers:
         """What could not be made is taken back; its name is free from now on, whatever that takes."""
         container.record.phase = Phase.GONE
         self._store.save_container(container, done="container.create")
+        await self._node.plugins.undo(container)
         try:
             await self._clean(container)
         except RemoteError as error:
@@ -282,6 +285,7 @@ class Containers:
         pod = self._store.pods.get(container.record.pod_id)
         if pod is None or (pod.phase is not Phase.READY and not container.record.sandbox):
             raise precondition(f"the pod of container {container.id} is not ready")
+        await self._node.plugins.start(container)
         self._store.begin(container.id, "container.start")
         timeout = self._node.settings.container_create_timeout
         request = monitor.Start(timeout_ms=int(timeout * 1000))
@@ -297,6 +301,7 @@ class Containers:
         if (exit_ := self._watcher.read_record(container.id)) is not None:  # a life that short
             self._watcher.record(container, exit_)
         log.get().info("container started", container=container.id, pod=container.record.pod_id)
+        await self._node.plugins.started(container)
 
     async def _start_failed(self, container: Container, error: RemoteError) -> None:
         """The runtime could not start it: it has ended. A monitor that is only lost decides by itself."""
@@ -344,6 +349,7 @@ class Containers:
                     raise
                 await self._watcher.ended(container, POLL)  # a successor may come, or its record
         self._store.end(container.id, "container.stop")
+        await self._node.plugins.settled(container)
 
     async def resume_stop(self, container: Container, grace: float) -> None:
         """Finish a stop that the last worker began; the monitor remembers when the grace began."""
@@ -375,6 +381,7 @@ class Containers:
             return
         self._store.begin(container.id, "container.remove")
         await self._stop(container, 0)
+        await self._node.plugins.remove(container)
         await self._clean(container)
         log.get().info("container removed", container=container.id, pod=container.record.pod_id)
 

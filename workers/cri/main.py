@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import glob
+import importlib
 import os
 import platform
 from dataclasses import dataclass
@@ -120,8 +121,10 @@ class Prepared:
     version: str
 
 
-def prepare(_context: boot.Context[CriSettings]) -> Prepared:
+def prepare(context: boot.Context[CriSettings]) -> Prepared:
     """As root, before the sandbox: the facts that cannot be read inside it. gRPC was imported above."""
+    if context.settings.nri:
+        importlib.import_module("workers.cri.nri.relay")
     with open(BOOT_ID, encoding="ascii") as file:
         boot_id = file.read().strip()
     return Prepared(boot_id=boot_id, node_name=platform.node(), version=version())
@@ -198,6 +201,7 @@ class Worker:
         path = self._bind_path()
         await front.start(path)
         await control_.tell(control.SocketBound(path=path))
+        service.node.plugins.reload(self._context.settings)
         recovery = Recovery(service.node, service.pods, service.containers, service.watcher)
         await recovery.load()
         service.observing.begin()

@@ -13,6 +13,7 @@ from ipc.messages.supervisor import HostInfo, HostInfoGet, RuntimeInfo
 from ipc.settings import CriSettings, Runtime
 from workers.cri.operations import Operations
 from workers.cri.peers import SHORT, Peers
+from workers.cri.plugins import Plugins
 from workers.cri.state import Store
 
 
@@ -24,6 +25,7 @@ class Node:
     store: Store
     peers: Peers
     node_name: str
+    plugins: Plugins = field(default_factory=Plugins)
     operations: Operations = field(default_factory=Operations)
     _host: HostInfo | None = None
     _idmap: IdmapSupport | None = None
@@ -49,6 +51,7 @@ class Node:
     def reload(self, settings: CriSettings) -> None:
         """The configuration changed; the facts of the host may name other runtimes."""
         self.settings = settings
+        self.plugins.reload(settings)
         self._host = self._idmap = None
 
     def runtime(self, handler: str) -> Runtime:

@@ -60,6 +60,7 @@ class Peers:
         self._settings = settings
         self.storage: Peer = aio.Client(settings.ipc_socket("storage"))
         self.network: Peer = aio.Client(settings.ipc_socket("network"))
+        self.nri: Peer = aio.Client(settings.ipc_socket("nri"))
         self.supervisor: Peer = aio.Client(settings.ipc_socket("supervisor"))
         #: An idle connection would keep the pool's worker from its idle exit.
         self.image: Peer = aio.Client(settings.ipc_socket("image"), idle_close=5.0)
@@ -86,7 +87,7 @@ class Peers:
     async def close(self) -> None:
         """End every connection."""
         monitors, self._monitors = list(self._monitors.values()), {}
-        for client in (self.storage, self.network, self.supervisor, self.image, *monitors):
+        for client in (self.storage, self.network, self.nri, self.supervisor, self.image, *monitors):
             await client.close()
 
 

@@ -108,6 +108,7 @@ class Pods:
         try:
             await within(self._node.settings.pod_setup_timeout, "setting up the pod", self._set_up(pod))
             self._sandboxes.check(pod)
+            await self._node.plugins.run_pod(pod)
         except (RemoteError, asyncio.CancelledError):
             await uncancelled(self._discard(pod))
             raise
@@ -168,6 +169,7 @@ class Pods:
         """What could not be made is taken back; its name is free from now on, whatever that takes."""
         pod.record.phase = Phase.GONE
         self._store.save_pod(pod, done="pod.run")
+        await self._node.plugins.undo_pod(pod)
         try:
             await self._tear_down(pod)
         except RemoteError as error:
@@ -217,6 +219,7 @@ class Pods:
         self._store.save_pod(pod)
         await self._end_creations(pod)
         await self._of_all_containers(pod, self._kill_container)
+        await self._node.plugins.stop_pod(pod)
         await self._release(pod)
         self._store.save_pod(pod, done="pod.stop")
         log.get().info("pod stopped", pod=pod.id, name=shown(pod))
@@ -262,6 +265,7 @@ class Pods:
         self._store.begin(pod.id, "pod.remove")
         await self._stop_joined(pod)
         await self._of_all_containers(pod, self._remove_container)
+        await self._node.plugins.remove_pod(pod)
         await self._free(pod)
         log.get().info("pod removed", pod=pod.id, name=shown(pod))
 

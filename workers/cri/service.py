@@ -60,6 +60,10 @@ class Service:
         self.updates = Updates(node, self.containers, self.pods)
         self.streaming = Streaming(node, self.containers, self.pods)
         self.observing = Observing(node, self.images)
+        if node.settings.nri:
+            from workers.cri.nri.relay import Relay
+
+            node.plugins = Relay(node, self.updates.by_plugin, self.containers.stop)
         self._version = version
 
     # -- the runtime ----------------------------------------------------------------------------------

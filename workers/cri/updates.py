@@ -8,6 +8,7 @@ container wait for each other. A pod's are recorded: its cgroup is whose who mad
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ipc import log
@@ -37,27 +38,45 @@ class Updates:
         container = self._containers.need(request.container_id)
         update.check(request)
         key = ("container.update", container.id, request.linux.SerializeToString(deterministic=True))
-        await self._node.operations.run(key, lambda: self._in_turn(container, request.linux))
+        await self._node.operations.run(key, lambda: self._by_plugins(container, request.linux))
 
-    async def _in_turn(self, container: Container, asked: pb.LinuxContainerResources) -> None:
+    async def _by_plugins(self, container: Container, asked: pb.LinuxContainerResources) -> None:
+        """Plugins have their say before the container's turn: they may want to update it themselves."""
+        wanted, beyond = await self._node.plugins.update(container, asked)
+        await self._in_turn(container, wanted, beyond)
+        await self._node.plugins.updated(container)
+
+    async def by_plugin(self, container_id: str, limits: dict[str, Any]) -> None:
+        """A plugin wants other limits (those of the runtime-spec) in a container. Raises RemoteError."""
+        from workers.cri.nri import limits as words  # loaded already where there are plugins
+
+        container = self._containers.need(container_id)
+        await self._in_turn(container, words.to_cri(limits), words.beyond(limits))
+
+    async def _in_turn(
+        self, container: Container, asked: pb.LinuxContainerResources, beyond: dict[str, Any]
+    ) -> None:
         lock = self._locks.setdefault(container.id, asyncio.Lock())
         async with lock:
             if container.phase not in _ALIVE:
                 text = f"container {container.id} is neither created nor running: {container.phase}"
                 raise precondition(text)
-            await self._update(container, asked)
+            await self._update(container, asked, beyond)
 
-    async def _update(self, container: Container, asked: pb.LinuxContainerResources) -> None:
+    async def _update(
+        self, container: Container, asked: pb.LinuxContainerResources, beyond: dict[str, Any]
+    ) -> None:
         config = pb.ContainerConfig()
         config.CopyFrom(container.config)
         config.linux.resources.CopyFrom(update.merged(config.linux.resources, asked))
-        if config == container.config:
+        if config == container.config and not beyond:
             return
         pod = self._node.store.pods.get(container.record.pod_id)
         if pod is None:
             raise not_found(f"the pod of container {container.id} is gone")
         host = await self._node.host()
-        planned = update.update(self._node.store.spec(container.id), config.linux.resources, asked, host)
+        spec = self._node.store.spec(container.id)
+        planned = update.update(spec, config.linux.resources, asked, host, beyond)
         for sentence in planned.degraded:
             log.get().warning("degraded", container=container.id, what=sentence)
         timeout = self._node.settings.container_create_timeout
@@ -79,6 +98,7 @@ class Updates:
         host = await self._node.host()
         for asked in (request.overhead, request.resources):
             cgroups.resources(asked, host, notes.Notes())
+        await self._node.plugins.update_pod(pod, request)
         config = pb.PodSandboxConfig()
         config.CopyFrom(pod.config)
         if request.HasField("overhead"):
@@ -87,3 +107,4 @@ class Updates:
             config.linux.resources.CopyFrom(request.resources)
         self._node.store.save_pod_update(pod, config)
         log.get().info("pod resources recorded", pod=pod.id)
+        await self._node.plugins.pod_updated(pod)

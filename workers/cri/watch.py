@@ -68,6 +68,7 @@ class Watcher:
         if event is not None:
             event.set()
         log.get().info("container ended", container=container.id, code=exit_.exit_code, oom=exit_.oom_killed)
+        self._node.plugins.ended(container)
         self._node.operations.background(f"unmount {container.id}", self._unmount(container))
         if container.record.sandbox:
             self._sandbox_ended(container)

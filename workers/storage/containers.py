@@ -22,6 +22,8 @@ from ipc.errors import Code, RemoteError, not_found, precondition
 from ipc.loop import Loop
 from ipc.messages import Body, Empty
 from ipc.messages.storage import (
+    CdiResolve,
+    CdiResolved,
     ContainerCreate,
     ContainerRemove,
     ContainerRootfs,
@@ -242,6 +244,19 @@ class Containers:
         pin = self._paths.namespaces / body.pod_id / "user"
         return Mapped(pin=str(pin), uids=body.uid_mappings, gids=body.gid_mappings)
 
+    # -- devices for plugins --------------------------------------------------------------------------
+
+    def resolve_cdi(self, call: Call, body: CdiResolve) -> None:
+        """storage.cdi.resolve"""
+        self._jobs.run(
+            call,
+            resolve_cdi,
+            body.names,
+            self.directories.cdi,
+            then=lambda value: msgspec.convert(value, CdiResolved),
+            timeout=self.source_timeout,
+        )
+
     # -- user namespaces ------------------------------------------------------------------------------
 
     def probe(self, call: Call, _body: IdmapProbe) -> None:
@@ -370,6 +385,12 @@ def build(
         hooks=hookfiles.merged(found_hooks, hooks),
         apparmor_loaded=profile_loaded(body.apparmor_profile, progress),
     )
+
+
+def resolve_cdi(names: list[str], directories: list[str]) -> CdiResolved:
+    """What CDI devices change. Raises RemoteError."""
+    edits, hooks = cdi.resolve(names, directories, Progress())
+    return CdiResolved(edits=edits, hooks=hooks)
 
 
 def _sources(plan: ContainerPlan, body: ContainerCreate, progress: Progress) -> list[MountSourceInfo]:

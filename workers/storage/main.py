@@ -111,6 +111,7 @@ class Storage:
             Handler(storage.PodSetup, answering(self.pods.setup), CALLERS),
             Handler(storage.PodTeardown, answering(self.pods.teardown), CALLERS),
             Handler(storage.ContainerCreate, answering(self.containers.create), CALLERS),
+            Handler(storage.CdiResolve, answering(self.containers.resolve_cdi), CALLERS),
             Handler(storage.IdmapProbe, answering(self.containers.probe), CALLERS),
             Handler(storage.ContainerRemove, answering(self.containers.remove), CALLERS),
             Handler(storage.ContainerUnmount, answering(self.containers.unmount), CALLERS),

@@ -27,6 +27,7 @@ LIBRARIES: dict[str, set[str]] = {
     "workers.monitor": {"msgspec"},
     "workers.stream": {"msgspec", "h11", "wsproto"},
     "workers.ops": {"msgspec", "prometheus_client"},
+    "workers.nri": {"msgspec", "google"},
     "workers": {"msgspec"},
 }
 
@@ -39,7 +40,7 @@ CLIENT = re.compile(r"supervisor/cli/bulkheadctl|supervisor/cli/ctl")
 #: The files that may fork, and those that may use ctypes or change identity.
 MAY_FORK = {
     "supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/keeper.py",
-    "workers/monitor/runtime.py", "workers/network/plugin.py",
+    "workers/monitor/runtime.py", "workers/network/plugin.py", "workers/nri/launch.py",
 }  # fmt: skip
 MAY_CTYPES = {"ipc/kernel.py", "ipc/confine.py"}
 MAY_SETID = {"ipc/confine.py", "supervisor/podinit.py"}
@@ -197,7 +198,7 @@ AHEAD = {"ExecOpen", "AttachOpen"}
 
 
 def test_every_request_is_answered_in_its_owners_table_and_nowhere_else() -> None:
-    for owner_name in ("cri", "image", "storage", "network", "monitor", "stream"):
+    for owner_name in ("cri", "image", "storage", "network", "monitor", "stream", "nri"):
         module = importlib.import_module(f"ipc.messages.{owner_name}")
         text = (ROOT / "workers" / owner_name / "main.py").read_text()
         requests = {

@@ -17,7 +17,7 @@ from supervisor.sandbox.seccomp import LISTS
 from supervisor.sandbox.spec import Bind, Sandbox
 from supervisor.table import TABLE
 
-UNPRIVILEGED = ("cri", "image", "stream", "ops")
+UNPRIVILEGED = ("cri", "image", "stream", "ops", "nri")
 
 
 def test_a_path_template_becomes_every_path_that_its_value_names(tmp_path: Path) -> None:

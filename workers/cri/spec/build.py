@@ -41,7 +41,7 @@ def build(inputs: SpecInputs) -> Built:
     }
     spec["annotations"] |= of_scope(spec["linux"]["resources"], inputs.host)
     if hooks := inputs.rootfs.hooks:
-        spec["hooks"] = {stage: [_hook(hook) for hook in chosen] for stage, chosen in hooks.items()}
+        spec["hooks"] = {stage: [hook(one) for one in chosen] for stage, chosen in hooks.items()}
     if inputs.rootfs.cdi is not None:
         cdi.apply(spec, inputs.rootfs.cdi)
     process.check_size(spec["process"])
@@ -54,7 +54,7 @@ def build(inputs: SpecInputs) -> Built:
     )
 
 
-def _hook(hook: Hook) -> dict[str, Any]:
+def hook(hook: Hook) -> dict[str, Any]:
     made: dict[str, Any] = {"path": hook.path}
     given = {"args": hook.args, "env": hook.env, "timeout": hook.timeout}
     return made | {key: value for key, value in given.items() if value}

@@ -57,6 +57,18 @@ def _chosen(driver: str, parent: str, default_parent: str) -> str:
     return parent
 
 
+def relative(driver: str, oci: str) -> str:
+    """Where a group is that the runtime-spec names in the driver's own way. Raises RemoteError."""
+    if driver == "systemd":
+        slice_name, prefix, name = [*oci.split(":"), "", ""][:3]
+        if oci.count(":") != 2 or not prefix or not name:
+            raise invalid(f"cgroups path: {oci!r} is not of the form slice:prefix:name")
+        return f"{expand_slice(slice_name)}/{prefix}-{name}.scope"
+    if not oci.startswith("/"):
+        raise invalid(f"cgroups path: {oci!r} is not absolute")
+    return to_path(oci)
+
+
 def to_slice(parent: str) -> str:
     """The name of the slice: the last part of a path of slices, or a cgroupfs path in systemd's spelling."""
     parts = _parts(parent)

@@ -6,6 +6,7 @@ pages are merged by key. Refuses what `cgroups.resources` refuses of a new conta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +72,24 @@ def _keep_order(new: api_pb2.LinuxContainerResources, asked: api_pb2.LinuxContai
 
 
 def update(
-    spec: bytes, new: api_pb2.LinuxContainerResources, asked: api_pb2.LinuxContainerResources, host: HostInfo
+    spec: bytes,
+    new: api_pb2.LinuxContainerResources,
+    asked: api_pb2.LinuxContainerResources,
+    host: HostInfo,
+    beyond: Mapping[str, Any] | None = None,
 ) -> Update:
-    """What is to be done for limits that `merged` made. Raises RemoteError."""
+    """What is to be done for limits that `merged` made, and for those that CRI has no fields for.
+
+    Raises RemoteError.
+    """
     notes = Notes()
     limits = cgroups.resources(new, host, notes)
+    for part, values in (beyond or {}).items():
+        limits[part] = {**limits.get(part, {}), **values}
     told = limits if new.cpu_quota >= 0 else limits | {"cpu": limits.get("cpu", {}) | {"quota": -1}}
     decoded: dict[str, Any] = msgspec.json.decode(spec)
     kept = {key: value for key, value in decoded["linux"]["resources"].items() if key not in _PARTS}
-    decoded["linux"]["resources"] = limits | kept
+    decoded["linux"]["resources"] = kept | limits
     score = process.oom_score_of(new.oom_score_adj, host, notes) if asked.oom_score_adj else None
     if score is not None:
         decoded["process"]["oomScoreAdj"] = score
