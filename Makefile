@@ -7,7 +7,8 @@ STAMP := $(VENV)/.installed
 PACKAGES := python3 python3-venv crun runc containernetworking-plugins iptables nftables iproute2 \
 	util-linux procps kmod attr libcap2-bin docker-registry skopeo umoci busybox-static apache2-utils \
 	openssl strace gcc libc6-dev
-VM_PACKAGES := user-mode-linux mmdebstrap e2fsprogs
+VM_PACKAGES := user-mode-linux mmdebstrap e2fsprogs systemd-container
+PACKAGING_PACKAGES := debhelper dpkg-dev fakeroot binutils lintian rpm rpmlint mandoc zsh fish bash-completion
 BENCH_PACKAGES := conmon containerd podman
 
 # $(call install,PACKAGES) installs those that are missing.
@@ -20,7 +21,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help system system-vm setup vm-image demo test bench test-unit test-root test-crash test-vm test-fuzz lint proto lock clean
+.PHONY: help system system-vm system-packaging wheels deb rpm setup vm-image demo test bench test-unit test-root test-crash test-vm test-packaging test-fuzz lint proto lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -30,6 +31,20 @@ system: ## Install the Debian packages that a node and the tests need
 
 system-vm: ## Install what virtual machines take
 	$(call install,$(VM_PACKAGES))
+
+system-packaging: ## Install what building and checking packages takes
+	$(call install,$(PACKAGING_PACKAGES))
+
+wheels: setup ## Fetch the wheels that packages carry, if they are not there
+	@packaging/build wheels
+
+deb: setup system-packaging ## Build the Debian package (into build/packages)
+	@packaging/build deb $(BUILD)
+	@ls -l build/packages/*.deb
+
+rpm: setup system-packaging ## Build the RPM package (into build/packages)
+	@packaging/build rpm $(BUILD)
+	@ls -l build/packages/*.rpm
 
 $(STAMP): requirements-dev.lock pyproject.toml | system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,7 +60,7 @@ demo: setup ## Start Bulkhead, pull an image, run a pod, show its log, status an
 vm-image: setup system-vm ## Build the root file system of the virtual machines, if it is not there (half a minute)
 	@$(BIN)/python -m tests.support.vm_image
 
-test: setup vm-image ## All tests, linters among them
+test: setup vm-image system-packaging wheels ## All tests, linters among them
 	@$(BIN)/python -m pytest
 
 test-unit: setup ## Tests that need neither root nor a runtime
@@ -57,8 +72,11 @@ test-root: setup ## Tests of single workers with the real parts
 test-crash: setup ## Every process killed in the middle of every operation
 	@$(BIN)/python -m pytest tests/crash
 
-test-vm: setup vm-image ## Everything about cgroup v2 and systemd, in a virtual machine
+test-vm: setup vm-image system-packaging wheels ## Everything about cgroup v2 and systemd, in a virtual machine
 	@$(BIN)/python -m pytest tests/vm/long_vm.py
+
+test-packaging: setup vm-image system-packaging wheels ## Packages, built and taken through their life
+	@$(BIN)/python -m pytest tests/packaging
 
 test-fuzz: setup ## Long fuzzing of what parses input from outside
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/fuzz

@@ -41,7 +41,7 @@ class Change:
 
 def change(old: Config, new: Config) -> Change:
     """Compare, and keep what is fixed."""
-    refused = [key for key in differences(old, new) if _is_fixed(key)]
+    refused = [key for key in differences(old, new) if is_fixed(key)]
     config = new
     for key in refused:
         config = _with(config, key.split("."), _value(old, key))
@@ -58,7 +58,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + declared.name
 
 
-def _is_fixed(key: str) -> bool:
+def is_fixed(key: str) -> bool:
+    """True if only a new start changes this key."""
     return key in FIXED or key.partition(".")[0] in FIXED
 
 

@@ -23,7 +23,7 @@ FAILED, USAGE = 1, 2
 
 def main(arguments: Sequence[str] | None = None, *, table: Table = TABLE) -> int:
     """Run a command; return the exit code. Tests bring a process table of their own."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     options.table = table
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None, *, table: Table = TABLE) -> int
         return USAGE
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bulkhead", description="A container runtime for Kubernetes.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Return the whole command line."""
+    top = argparse.ArgumentParser(prog="bulkhead", description="A container runtime for Kubernetes.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
     serve = commands.add_parser("serve", help="run the supervisor in the foreground")
     serve.set_defaults(run=_serve)
     _configuration_flags(serve)
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--default", action="store_true", help="print the built-in defaults")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
-    return parser
+    return top
 
 
 def _configuration_flags(parser: argparse.ArgumentParser) -> None:

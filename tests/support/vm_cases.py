@@ -1,7 +1,9 @@
 """Runs in: the tests.
 
-The cases of tests/vm/inside/, run in one boot of a virtual machine: their names (read, not imported, for they
-import what only the machine has), and the result of each.
+Cases that run inside of a machine, all in one boot: their names (read, not imported, for they import what
+only the machine has), and the result of each. Those of tests/vm/inside/ run in a virtual machine
+(tests/support/vm.py), those of tests/packaging/inside/ in a container with systemd
+(tests/support/nspawn.py).
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ import shlex
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support import vm, vm_image
 
 INSIDE = vm_image.REPO / "tests/vm/inside"
+Boot = Callable[[str, Path, float], vm.Outcome]
 
 #: The marked cases, each driver with one runtime, what does not depend on the driver with one driver.
 LEFT_OUT = (
@@ -56,10 +60,10 @@ class Results:
         )
 
 
-def names(*, short: bool) -> list[str]:
+def names(*, short: bool = False, inside: Path = INSIDE) -> list[str]:
     """Return the names of all cases, or of those that `make test` runs too."""
     found = []
-    for path in sorted(INSIDE.glob("case_*.py")):
+    for path in sorted(inside.glob("case_*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("case_"):
                 marks = [ast.unparse(decorator) for decorator in node.decorator_list]
@@ -68,18 +72,18 @@ def names(*, short: bool) -> list[str]:
     return found
 
 
-def run(*, short: bool, seconds: float) -> Results:
+def run(*, short: bool = False, seconds: float, inside: Path = INSIDE, boot: Boot = vm.run) -> Results:
     """Boot, run the cases, return their results. Raises AssertionError if there are none."""
     options = SHORT if short else ""
     payload = PAYLOAD.format(
         python=shlex.quote(sys.executable),
-        inside=shlex.quote(str(INSIDE)),
+        inside=shlex.quote(str(inside)),
         repo=shlex.quote(str(vm_image.REPO)),
         options=options,
     )
     with tempfile.TemporaryDirectory(prefix="bh-vm-share-") as directory:
         share = Path(directory)
-        results = Results(vm.run(payload, share, seconds))
+        results = Results(boot(payload, share, seconds))
         if (share / "journal").exists():
             results.journal = (share / "journal").read_text(errors="replace")
         assert (share / "results.xml").exists(), f"the machine brought no results\n{results.tail()}"

@@ -37,7 +37,9 @@ def command(
 
 def with_output(parser: argparse.ArgumentParser, *, ids: bool = True) -> None:
     """Add -o table|json and, where there are ids to list, -q."""
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    parser.add_argument(
+        "-o", "--output", choices=("table", "json"), default="table", help="for people, or for programs"
+    )
     if ids:
         parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
 

@@ -43,17 +43,19 @@ def register(commands: Commands) -> None:
 def _register_views(commands: Commands) -> None:
     listing = command(commands, "ps", list_containers, "List containers (running ones; -a for all)")
     with_output(listing)
-    listing.add_argument("-a", "--all", action="store_true")
-    listing.add_argument("--id", default="")
-    listing.add_argument("-p", "--pod", default="")
-    listing.add_argument("--state", choices=sorted(STATES))
-    listing.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
+    listing.add_argument("-a", "--all", action="store_true", help="those that do not run, too")
+    listing.add_argument("--id", default="", help="only this one; the beginning of an id is enough")
+    listing.add_argument("-p", "--pod", default="", help="only those of this pod sandbox")
+    listing.add_argument("--state", choices=sorted(STATES), help="only those in this state")
+    listing.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="only those that bear it"
+    )
     inspect = command(commands, "inspect", inspect_container, "Show everything about a container")
     inspect.add_argument("id")
     show = command(commands, "logs", show_logs, "Show a container's log")
-    show.add_argument("-f", "--follow", action="store_true")
+    show.add_argument("-f", "--follow", action="store_true", help="go on until the container ends")
     show.add_argument("--tail", type=int, default=-1, help="only the last N lines")
-    show.add_argument("--timestamps", action="store_true")
+    show.add_argument("--timestamps", action="store_true", help="with the time of each line")
     show.add_argument("id")
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 
 from ipc.cri import api_pb2 as cri
-from supervisor.cli.ctl.arguments import Commands, command, each, labels, load, with_output
-from supervisor.cli.ctl.connection import Connection
+from supervisor.cli.ctl.arguments import USAGE, Commands, command, each, labels, load, with_output
+from supervisor.cli.ctl.connection import Connection, CtlError
 from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
 
 STATES = {"ready": cri.SANDBOX_READY, "notready": cri.SANDBOX_NOTREADY}
@@ -22,15 +22,19 @@ def register(commands: Commands) -> None:
     runp.add_argument("--runtime", default="", help="runtime handler")
     listing = command(commands, "pods", list_pods, "List pod sandboxes")
     with_output(listing)
-    listing.add_argument("--id", default="")
-    listing.add_argument("--state", choices=sorted(STATES))
-    listing.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
+    listing.add_argument("--id", default="", help="only this one; the beginning of an id is enough")
+    listing.add_argument("--state", choices=sorted(STATES), help="only those in this state")
+    listing.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="only those that bear it"
+    )
     inspect = command(commands, "inspectp", inspect_pod, "Show everything about a pod sandbox")
     inspect.add_argument("id")
     stop = command(commands, "stopp", stop_pods, "Stop pod sandboxes with all that runs in them")
     stop.add_argument("id", nargs="+")
     remove = command(commands, "rmp", remove_pods, "Remove pod sandboxes")
-    remove.add_argument("id", nargs="+")
+    remove.add_argument("-a", "--all", action="store_true", help="every pod there is")
+    remove.add_argument("-f", "--force", action="store_true", help="stop them first, in order")
+    remove.add_argument("id", nargs="*")
 
 
 def run(connection: Connection, options: argparse.Namespace) -> int:
@@ -90,8 +94,19 @@ def stop_pods(connection: Connection, options: argparse.Namespace) -> int:
 
 
 def remove_pods(connection: Connection, options: argparse.Namespace) -> int:
+    if bool(options.id) == options.all:
+        raise CtlError("rmp needs ids, or --all", USAGE)
+
     def remove(one: str) -> object:
+        if options.force:
+            stopping = cri.StopPodSandboxRequest(pod_sandbox_id=one)
+            connection.call(connection.runtime.StopPodSandbox, stopping)
         request = cri.RemovePodSandboxRequest(pod_sandbox_id=one)
         return connection.call(connection.runtime.RemovePodSandbox, request)
 
-    return each(options.id, remove, "Removed sandbox {}".format)
+    return each(_every(connection) if options.all else options.id, remove, "Removed sandbox {}".format)
+
+
+def _every(connection: Connection) -> list[str]:
+    answer = connection.call(connection.runtime.ListPodSandbox, cri.ListPodSandboxRequest())
+    return [pod.id for pod in answer.items]

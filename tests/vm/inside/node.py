@@ -137,6 +137,10 @@ class Node:
     def start(self) -> None:
         """Start the service. With Type=notify this returns when READY has come."""
         run("systemctl", "start", SERVICE)
+        self.pull()
+
+    def pull(self) -> None:
+        """Pull the image that containers run."""
         image = pb.ImageSpec(image=self.images.busybox)
         rpc.image_client(self._channel).PullImage(pb.PullImageRequest(image=image), timeout=120)
 
