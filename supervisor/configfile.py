@@ -39,6 +39,15 @@ class Source:
         """Return file:line of a key, as near as it can be found."""
         return f"{self.name}:{find_line(self.text, path)}" if self.text else self.name
 
+    def sets(self, path: KeyPath) -> bool:
+        """True if the key stands here."""
+        table: Any = self.data
+        for name in path:
+            if not isinstance(table, dict) or name not in table:
+                return False
+            table = table[name]
+        return True
+
 
 @dataclass
 class _Checker:
@@ -202,6 +211,26 @@ def load(
     config_file: str | None = None, config_dir: str | None = None, flags: Mapping[str, Any] | None = None
 ) -> Config:
     """Return the effective configuration. `flags` is a table like a file's. Raises ConfigError."""
+    return effective(config_file, config_dir, flags).config
+
+
+@dataclass(frozen=True)
+class Effective:
+    """The configuration with what it was made of, the later sources over the earlier ones."""
+
+    config: Config
+    sources: list[Source]
+
+    def origin(self, path: KeyPath) -> str:
+        """Where the value of a key comes from: file:line, the command line, or "default"."""
+        setting = (source for source in reversed(self.sources) if source.sets(path))
+        return next((source.place(path) for source in setting), "default")
+
+
+def effective(
+    config_file: str | None = None, config_dir: str | None = None, flags: Mapping[str, Any] | None = None
+) -> Effective:
+    """Return the effective configuration with its sources. Raises ConfigError."""
     found = [*sources(config_file, config_dir), Source("command line", dict(flags or {}))]
     faults: list[str] = []
     for source in found:
@@ -215,7 +244,7 @@ def load(
         merge(merged, source.data)
     config = build(Config, merged).resolved()
     _check_whole(config, found)
-    return typing.cast(Config, config)
+    return Effective(typing.cast(Config, config), found)
 
 
 def merge(into: dict[str, Any], data: Mapping[str, Any]) -> None:

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ipc.release import version as release
 from supervisor.config import LEVELS, Config
-from supervisor.configfile import MAIN_FILE, ConfigError, load
+from supervisor.configfile import MAIN_FILE, ConfigError, Effective, effective
 from supervisor.settings import identities
 from supervisor.table import TABLE, Table
 
-VERSION = "1.37.0.dev0"
 FAILED, USAGE = 1, 2
 
 
@@ -50,6 +50,21 @@ def parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
     _configuration_flags(config)
     config.add_argument("--default", action="store_true", help="print the built-in defaults")
+    config.add_argument(
+        "--check", action="store_true", help="print only what is wrong, and say so by exit code"
+    )
+    info = commands.add_parser("info", help="what this host can and cannot do, and what to do about it")
+    info.set_defaults(run=_info)
+    _configuration_flags(info)
+    info.add_argument(
+        "-o", "--output", choices=("table", "json"), default="table", help="for people, or programs"
+    )
+    migrate = commands.add_parser("migrate", help="make a configuration out of another runtime's")
+    migrate.set_defaults(run=_migrate)
+    migrate.add_argument("--from", dest="origin", choices=("crio",), required=True, help="whose")
+    migrate.add_argument("--config", metavar="FILE", default="/etc/crio/crio.conf", help="its main file")
+    migrate.add_argument("--config-dir", metavar="DIR", help="its drop-in directory (<configuration file>.d)")
+    migrate.add_argument("--write", metavar="FILE", help="write it there, not to standard output")
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return top
@@ -86,9 +101,13 @@ def _path(value: str | None) -> str | None:
 
 
 def _load(options: argparse.Namespace) -> Config:
-    config = load(options.config, options.config_dir, flags_table(options))
-    identities(config.users, options.table)
-    return config
+    return _effective(options).config
+
+
+def _effective(options: argparse.Namespace) -> Effective:
+    found = effective(options.config, options.config_dir, flags_table(options))
+    identities(found.config.users, options.table)
+    return found
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -178,12 +197,44 @@ def _free_pid_file(path: str) -> bool:
 def _config(options: argparse.Namespace) -> int:
     from supervisor.configtext import render
 
-    print(render(Config() if options.default else _load(options)), end="")
+    if options.default:
+        print(render(Config()), end="")
+        return 0
+    found = _effective(options)
+    if not options.check:
+        print(render(found.config, found.origin), end="")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from supervisor.cli.hostcheck import findings
+    from supervisor.cli.hosttext import show
+
+    found = findings(_load(options))
+    show(found, options.output)
+    return FAILED if any(finding.state == "missing" for finding in found) else 0
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    from supervisor.cli.migrate import MigrationError, from_crio, read_crio
+
+    try:
+        migration = from_crio(read_crio(options.config, options.config_dir))
+        if options.write:
+            with open(options.write, "x", encoding="utf-8") as file:
+                file.write(migration.text)
+    except (MigrationError, OSError) as error:
+        print(f"bulkhead: {error}", file=sys.stderr)
+        return FAILED
+    if not options.write:
+        print(migration.text, end="")
+    for sentence in migration.left:
+        print(f"bulkhead: {sentence}", file=sys.stderr)
     return 0
 
 
 def _version(_options: argparse.Namespace) -> int:
-    print(f"bulkhead {VERSION}")
+    print(f"bulkhead {release()}")
     return 0
 
 

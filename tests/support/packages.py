@@ -15,6 +15,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 CACHE = REPO / ".cache/packages"
+PATTERN = "?" * 16  # what fingerprints look like; there is one at a time
 SOURCES = ("ipc", "supervisor", "workers", "packaging", "docs")
 FILES = ("LICENSE", "README.md", "requirements.lock", "pyproject.toml")
 #: what is built: kind, build number, and the name's beginning
@@ -40,7 +41,7 @@ def directory() -> Path:
 
 def package(name: str) -> Path:
     """Return a package (a key of BUILDS) that `built` has made."""
-    return next(path for path in (directory() / name).iterdir())
+    return next(CACHE.glob(f"{PATTERN}/{name}/*"))
 
 
 def built() -> Path:
@@ -50,7 +51,7 @@ def built() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         target = directory()
         if not target.exists():
-            for old in CACHE.glob("????????????????"):
+            for old in CACHE.glob(PATTERN):
                 shutil.rmtree(old)
             _build(target)
     return target

@@ -23,9 +23,9 @@ REFERENCE_HEAD = """\
 `bulkhead serve`; later ones win, key by key, and a list replaces a list. Nothing has to be configured: a
 file that is not there is an empty one. What the daemon makes of all that is told by
 
-    bulkhead config             # every key with its value
-    bulkhead config --origin    # and where the value comes from: file and line, flag, or default
+    bulkhead config             # every key, its value, and where that comes from: file:line, flag, default
     bulkhead config --check     # nothing but what is wrong, by exit code too
+    bulkhead config --default   # the built-in defaults
 
 A key that does not exist, a value of the wrong type or out of its range is refused, with file, line and the
 nearest key that exists, and nothing is started on half a configuration. Times are seconds.

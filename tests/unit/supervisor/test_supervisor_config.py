@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ipc import settings
+from ipc.release import version
 from supervisor import configtext
-from supervisor.cli.bulkhead import VERSION, main
+from supervisor.cli.bulkhead import main
 from supervisor.config import Config, RuntimeConfig, UsersConfig
 from supervisor.configfile import ConfigError, find_line, key_paths, load
 from supervisor.sandbox.spec import Identity
@@ -188,7 +189,7 @@ def test_config_and_version_commands(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_version_is_that_of_the_distribution() -> None:
     pyproject = Path(__file__).resolve().parents[3] / "pyproject.toml"
-    assert tomllib.loads(pyproject.read_text())["project"]["version"] == VERSION
+    assert tomllib.loads(pyproject.read_text())["project"]["version"] == version()
 
 
 # -- what workers are told -------------------------------------------------------------------------
