@@ -13,6 +13,7 @@ import pytest
 from supervisor.cli.texts import configuration
 from supervisor.cli.texts.__main__ import texts
 from supervisor.cli.texts.commands import programs
+from supervisor.cli.texts.manual import roff
 from supervisor.config import Config
 from supervisor.configfile import build, key_paths, load
 
@@ -64,7 +65,7 @@ def test_manual_pages_are_well_formed_and_complete(written: Path) -> None:
         text = (written / f"{program.name}.8").read_text()
         check("mandoc", "-T", "lint", "-W", "warning", written / f"{program.name}.8")
         for command in program.commands:
-            assert f"\\fB{command.name}\\fR" in text
+            assert f"\\fB{roff(command.name)}\\fR" in text
             flags = {flag for option in command.options for flag in option.flags} - {"-h", "--help"}
             assert [flag for flag in flags if flag.replace("-", "\\-") not in text] == []
     page = written / "bulkhead.toml.5"
