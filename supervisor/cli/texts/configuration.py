@@ -74,14 +74,20 @@ class Table:
 
 def tables() -> list[Table]:
     """Every table of the schema, the keys of the top first."""
-    hints = typing.get_type_hints(Config)
-    below = [declared for declared in dataclasses.fields(Config) if _is_table(declared, hints)]
-    found = [Table("", "The instance as a whole.", tuple(_keys(Config, "")))]
-    for declared in below:
-        name = "runtimes.NAME" if declared.name == "runtimes" else declared.name
-        cls = RuntimeConfig if declared.name == "runtimes" else hints[declared.name]
-        found.append(Table(name, declared.metadata["doc"], tuple(_keys(cls, declared.name))))
-    return found
+    return [Table("", "The instance as a whole.", tuple(_keys(Config, ""))), *_below(Config, "")]
+
+
+def _below(cls: type[Any], parent: str) -> Iterator[Table]:
+    hints = typing.get_type_hints(cls)
+    for declared in dataclasses.fields(cls):
+        if not _is_table(declared, hints):
+            continue
+        name, inner = f"{parent}{declared.name}", hints[declared.name]
+        if declared.name == "runtimes":
+            yield Table("runtimes.NAME", declared.metadata["doc"], tuple(_keys(RuntimeConfig, name)))
+        else:
+            yield Table(name, declared.metadata["doc"], tuple(_keys(inner, name)))
+            yield from _below(inner, f"{name}.")
 
 
 def _is_table(declared: dataclasses.Field[Any], hints: dict[str, Any]) -> bool:
