@@ -46,7 +46,12 @@ def register(commands: Commands) -> None:
 def _with_terminal(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--stdin", action="store_true", help="pass standard input on")
     parser.add_argument("-t", "--tty", action="store_true", help="with a terminal")
-    parser.add_argument("--transport", choices=("spdy", "websocket"), default="spdy", help="as kubelets speak it, older or newer")
+    parser.add_argument(
+        "--transport",
+        choices=("spdy", "websocket"),
+        default="spdy",
+        help="as kubelets speak it, older or newer",
+    )
     _with_tls(parser)
 
 
