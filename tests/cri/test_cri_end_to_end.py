@@ -136,6 +136,33 @@ def test_env_cwd_user_and_mounts_are_as_asked_for(client: Client, tmp_path: Path
     assert status.mounts[0].container_path == "/mnt"
 
 
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_stdin_and_terminals_are_as_asked_for(client: Client, handler: str) -> None:
+    """A container that wants stdin finds it open and empty, whoever dies; one that does not finds its end."""
+    sandbox = client.pod_config()
+    pod_id = client.run(sandbox, handler)
+    script = "cat; echo end; tty; echo $TERM"
+
+    def started(**fields: Any) -> str:
+        container_id = client.create(pod_id, sandbox, client.container_config([*SHELL, script], **fields))
+        client.start(container_id)
+        return container_id
+
+    waiting = [started(stdin=True), started(stdin=True, stdin_once=True), started(stdin=True, tty=True)]
+    for fields in ({}, {"stdin_once": True}):
+        closed = started(**fields)
+        assert client.ended(closed).exit_code == 0
+        assert client.log(closed) == ["end", "not a tty", ""]
+    client.node.kill_worker("cri")
+    wait_for(client.node.answers, "cri answers again")
+    assert {client.status(one).state for one in waiting} == {pb.ContainerState.CONTAINER_RUNNING}
+    assert all(client.log(one) == [] for one in waiting)
+    script = "tty; echo $TERM; test -t 0; echo $?"
+    shown = started(tty=True)
+    assert client.ended(shown).exit_code == 0
+    assert client.log(shown) == ["/dev/pts/0", "xterm", "0"]
+
+
 def test_exec_gives_output_code_and_times_out(client: Client) -> None:
     _, container_id = client.running()
     answer = client.execute(container_id, *SHELL, "echo out; echo err >&2; exit 7")
