@@ -325,6 +325,78 @@ def test_cgroup_parents_that_lead_elsewhere_are_refused(client: Client, parent: 
     assert code_of(client.run, config) == grpc.StatusCode.INVALID_ARGUMENT
 
 
+# -- namespaces -------------------------------------------------------------------------------------------
+
+Mode = pb.NamespaceMode
+
+
+def namespaces_of(client: Client, container_id: str) -> dict[str, str]:
+    pid = json.loads(client.status(container_id, verbose=True).info["info"])["pid"]
+    return {name: os.readlink(f"/proc/{pid}/ns/{name}") for name in ("net", "ipc", "uts", "pid", "mnt")}
+
+
+def in_pod(
+    client: Client, pod: pb.PodSandboxConfig, handler: str, modes: list[pb.NamespaceOption]
+) -> list[str]:
+    """A pod with a running container for each of the options."""
+    pod_id = client.run(pod, handler)
+    made = []
+    for options in modes:
+        config = client.container_config(["sleep", "1000"])
+        config.linux.security_context.namespace_options.CopyFrom(options)
+        made.append(client.create(pod_id, pod, config))
+        client.start(made[-1])
+    return made
+
+
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_namespaces_are_shared_as_asked_for(client: Client, handler: str) -> None:
+    own = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("net", "ipc", "uts", "pid", "mnt")}
+    nodes = pb.NamespaceOption(network=Mode.NODE, pid=Mode.NODE, ipc=Mode.NODE)
+    pod = client.pod_config()
+    pod.linux.security_context.namespace_options.CopyFrom(nodes)
+    [found] = in_pod(client, pod, handler, [nodes])
+    seen = namespaces_of(client, found)
+    assert [seen[name] == own[name] for name in own] == [True, True, True, True, False]
+    for pid_mode, same in ((Mode.CONTAINER, False), (Mode.POD, True)):
+        pod = client.pod_config(shared_pid=pid_mode == Mode.POD)
+        pods = pb.NamespaceOption(pid=pid_mode)
+        first, second = (namespaces_of(client, c) for c in in_pod(client, pod, handler, [pods, pods]))
+        assert not set(first.values()) & set(own.values())
+        assert {name for name in first if first[name] == second[name]} == (
+            {"net", "ipc", "uts", "pid"} if same else {"net", "ipc", "uts"}
+        )
+
+
+@pytest.mark.parametrize("handler", ["crun", "runc"])
+def test_a_container_joins_the_processes_of_another_one_of_its_pod(client: Client, handler: str) -> None:
+    pod = client.pod_config()
+    alone = pb.NamespaceOption(pid=Mode.CONTAINER)
+    [target, other] = in_pod(client, pod, handler, [alone, alone])
+    pod_id = client.run(pod, handler)
+
+    def debug(of: str) -> str:
+        config = client.container_config(["sleep", "1000"])
+        options = pb.NamespaceOption(pid=Mode.TARGET, target_id=of)
+        config.linux.security_context.namespace_options.CopyFrom(options)
+        return client.create(pod_id, pod, config)
+
+    debugger = debug(target)
+    client.start(debugger)
+    seen = [namespaces_of(client, found) for found in (target, debugger, other)]
+    assert seen[0]["pid"] == seen[1]["pid"] != seen[2]["pid"]
+    assert client.output(debugger, "cat /proc/1/cmdline").startswith("sleep")
+    client.stop(other)
+    _, elsewhere = client.running()
+    for of, code in (
+        (other, grpc.StatusCode.FAILED_PRECONDITION),
+        (elsewhere, grpc.StatusCode.FAILED_PRECONDITION),
+        ("f" * 64, grpc.StatusCode.NOT_FOUND),
+        ("", grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        assert code_of(debug, of) == code
+
+
 # -- handlers, status -------------------------------------------------------------------------------------
 
 
