@@ -174,6 +174,9 @@ class World:
         elif kind == "image":
             request = cri.PullImageRequest(image=cri.ImageSpec(image=self.image))
             self.node.images.PullImage(request, timeout=60)
+        elif kind == "stream":
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(str(self.node.run_root / "ipc" / "stream.sock"))
         wait_for(lambda: self._is_up(kind), f"{kind} runs")
 
     def _is_up(self, kind: str) -> bool:

@@ -7,90 +7,44 @@ or the supervisor die, the client tries again with the same arguments, as a kube
 
 from __future__ import annotations
 
-import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ipc.cri import api_pb2 as cri
-from tests.crash.crash_world import OPERATIONS, Operation, World, witnessed
-from tests.support.daemon import Node, wait_for
-from tests.support.images import served
+from tests.crash.blows import Blow, settle, steps_of, strike
+from tests.crash.crash_world import OPERATIONS, Operation, World
+from tests.crash.matrix import VICTIMS, spread, world_of_its_own
+from tests.support.daemon import wait_for
 
-LEAVES = ("image", "storage", "network", "ops")
-FRONT = ("cri", "supervisor")
-#: Seconds from the start of an operation to the kill; the long form walks through more of them.
-MOMENTS = (0.0, 0.004, 0.015, 0.05, 0.12) if os.environ.get("BULKHEAD_CRASH") == "long" else (0.006, 0.04)
-CONFIG = "[restart]\nfailed_deaths = 10000\nmax_delay = 1.0\nreset_after = 1.0\n[timeouts]\nping = 1.0\n"
+#: In which operation a kind is stopped, if not in CreateContainer.
+STILL = {"image": "pull", "network": "RunPodSandbox"}
 
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with (
-        served() as images,
-        Node(config=CONFIG, registries=images.registries_conf, bridge="bhcrash0") as node,
-    ):
-        world = World(node, images.busybox, images.larger)
-        world.wake("image")
-        with witnessed(world):
-            yield world
+    with world_of_its_own() as world:
+        yield world
 
 
-def settle(world: World) -> None:
-    """Wait until what a death interrupted is cleaned up: only the witness may be left."""
-    wait_for(lambda: only_the_witness(world), "everything but the witness is cleaned up", 20)
-
-
-def only_the_witness(world: World) -> bool:
-    mine = (world.witness, world.witness_pod)
-    return not [
-        left for left in world.node.leftovers() if not any(one in left for one in mine) and is_extra(left)
-    ]
-
-
-def is_extra(left: str) -> bool:
-    """The witness's own address and link carry no id; there is one of each."""
-    return not left.startswith(("address ", "link "))
-
-
-def networks(world: World) -> tuple[int, int]:
-    left = world.node.leftovers()
-    return sum(one.startswith("address ") for one in left), sum(one.startswith("link ") for one in left)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-@pytest.mark.parametrize("victim", [*LEAVES, *FRONT])
-def test_nothing_that_runs_notices_the_death_of(
-    world: World, victim: str, operation: Operation, moment: float
-) -> None:
-    subject = operation.prepare(world)
-    world.wake(victim)
-    result = act_under_fire(world, operation, subject, victim, moment)
-    operation.check(world, subject, result)
-    world.check_witness()
-    operation.undo(world, subject, result)
-    settle(world)
-    assert networks(world) == (1, 1)
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_nothing_that_runs_notices_the_death_of(world: World, victim: str, operation: Operation) -> None:
+    steps = steps_of(world, operation, victim) or [("", 0)]  # not asked for anything
+    number = signal.SIGKILL if OPERATIONS.index(operation) % 3 else signal.SIGSEGV
+    for call, nth in spread(steps, 2):
+        strike(world, operation, Blow(victim, number, call, nth))
 
 
-def act_under_fire(world: World, operation: Operation, subject: str, victim: str, moment: float) -> object:
-    with ThreadPoolExecutor(1) as pool:
-        acting = pool.submit(
-            lambda: (
-                world.patient(lambda: operation.act(world, subject))
-                if victim in FRONT
-                else operation.act(world, subject)
-            )
-        )
-        time.sleep(moment)
-        world.kill(victim)
-        result = acting.result(90)
-    world.recovered()
-    return result
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_nothing_that_runs_notices_that_one_stands_still(world: World, victim: str) -> None:
+    operation = next(one for one in OPERATIONS if one.name == STILL.get(victim, "CreateContainer"))
+    steps = steps_of(world, operation, victim)
+    for call, nth in spread(steps, 1, 0.2) or [("", 0)]:
+        assert strike(world, operation, Blow(victim, signal.SIGSTOP, call, nth), stop_seconds=1.0)
 
 
 def test_after_the_death_of_cri_the_socket_answers_within_a_second(world: World) -> None:

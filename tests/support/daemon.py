@@ -158,6 +158,12 @@ class Node:
         self._end(signal.SIGKILL)
         wait_for(lambda: not any(alive(pid) for pid in workers), "workers end with their supervisor")
 
+    def restart_ended(self) -> None:
+        """The supervisor has been killed by somebody: start it again, as the service manager would."""
+        assert self.daemon is not None
+        self.daemon.wait(30)
+        self.start()
+
     def _end(self, number: int) -> None:
         assert self.daemon is not None
         self.daemon.send_signal(number)
