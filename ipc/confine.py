@@ -107,9 +107,20 @@ def no_new_privileges() -> None:
 
 def filter_calls(policy: seccomp.Policy) -> list[str]:
     """Put a seccomp policy in force for all threads, for good. Returns what this machine lacks."""
+    return filter_by(program_of(policy, os.getpid()))
+
+
+def program_of(policy: seccomp.Policy, pid: int) -> bytes | None:
+    """Return a policy as a program for a process that will be `pid`; None for machines without a table."""
     try:
-        program = seccomp.assemble_here(policy, os.getpid())
+        return seccomp.assemble_here(policy, pid)
     except LookupError:
+        return None
+
+
+def filter_by(program: bytes | None) -> list[str]:
+    """As `filter_calls`, with what `program_of` returned: it is much work, and need not be the child's."""
+    if program is None:
         return [f"seccomp: no table of system calls for {platform.machine()}"]
     try:
         _install(program)

@@ -11,17 +11,19 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ipc import kernel
+from ipc import kernel, log
 from ipc.errors import RemoteError, internal, invalid
 from ipc.log import Log
 from ipc.messages.supervisor import InitStarted, InitState
-from supervisor import held, podinit, spawn
+from supervisor import held, podinit
 from supervisor.cgroup import parent_path
 from supervisor.files import remove_tree
 from supervisor.monitors import SHORT_ID
+from supervisor.nursery import Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.worker import Ground
 
@@ -36,21 +38,24 @@ class _Starting:
     pod_id: str
     group: str
     lock_fd: int
-    gate_fd: int
-    result_fd: int
+    link_fd: int
     done: Started
 
 
 class Inits:
     """All of them. `default_parent` is the cgroup parent of pods that name none; a reload may change it."""
 
-    def __init__(self, ground: Ground, identity: Identity, run_root: str, default_parent: str) -> None:
+    def __init__(
+        self, ground: Ground, identity: Identity, run_root: str, default_parent: str, nursery: Nursery
+    ) -> None:
         self._ground = ground
         self._identity = identity
         self._run_root = run_root
         self.default_parent = default_parent
         self._empty = f"{run_root}/inits/.empty"
         self._starting: dict[str, list[Started]] = {}
+        self._nursery = nursery
+        nursery.add("init", self._live, self._make_ready)
 
     def _directory(self, pod_id: str) -> str:
         return f"{self._run_root}/inits/{held.check_id(pod_id, 'pod')}"
@@ -102,36 +107,35 @@ class Inits:
         os.close(os.open(pin, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o400))
 
     def _fork(self, pod_id: str, group: str, lock_fd: int, user_namespace: str) -> None:
-        result_read, result_write = os.pipe2(os.O_CLOEXEC)
-        gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
-        title = f"bulkhead: init {pod_id[:SHORT_ID]}"
-        log = Log(f"init {pod_id[:SHORT_ID]}", sink=self._ground.log_socket)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = self._nursery.fork(["init", pod_id, user_namespace], (lock_fd, theirs.fileno()))
+            except OSError:
+                ours.close()
+                raise
+        starting = _Starting(pod_id, group, lock_fd, ours.detach(), self._announce(pod_id))
+        self._ground.reaper.watch(pid, lambda _code: None)
+        self._ground.loop.add_reader(starting.link_fd, lambda: self._forked(starting))
 
-        def work() -> None:
-            podinit.launch(
-                title,
-                self._identity,
-                self._empty,
-                lock_fd=lock_fd,
-                gate_fd=gate_read,
-                result_fd=result_write,
-                user_namespace=user_namespace,
-            )
+    def _make_ready(self) -> None:
+        """In the nursery."""
+        self._program = podinit.filter_program()
 
-        keep = [lock_fd, gate_read, result_write]
-        try:
-            child = spawn.fork(spawn.Job(title, work, log, keep, None, False))
-        except OSError:
-            os.close(result_read)
-            os.close(gate_write)
-            raise
-        finally:
-            os.close(result_write)
-            os.close(gate_read)
-        starting = _Starting(pod_id, group, lock_fd, gate_write, result_read, self._announce(pod_id))
-        self._ground.reaper.watch(child.pid, lambda _code: None)
-        self._ground.loop.add_reader(result_read, lambda: self._forked(starting))
-        child.open_gate()
+    def _live(self, words: Sequence[str], fds: tuple[int, int]) -> None:
+        """In the nursery's child."""
+        _, pod_id, user_namespace = words
+        name = f"init {pod_id[:SHORT_ID]}"
+        log.set_log(Log(name, sink=self._ground.log_socket))
+        podinit.launch(
+            f"bulkhead: {name}",
+            self._identity,
+            self._empty,
+            self._program,
+            lock_fd=fds[0],
+            link_fd=fds[1],
+            user_namespace=user_namespace,
+        )
 
     def _announce(self, pod_id: str) -> Started:
         def all_of_them(answer: InitStarted | RemoteError) -> None:
@@ -142,8 +146,8 @@ class Inits:
 
     def _forked(self, starting: _Starting) -> None:
         """The first child told the pid of process 1, waiting at its gate; or it failed and told nothing."""
-        self._ground.loop.remove_reader(starting.result_fd)
-        text = os.read(starting.result_fd, 32)
+        self._ground.loop.remove_reader(starting.link_fd)
+        text = os.read(starting.link_fd, 32)
         try:
             if not text:
                 raise internal(f"the init of pod {starting.pod_id} could not be started (see the log)")
@@ -152,8 +156,7 @@ class Inits:
             self._forget(starting.pod_id)
             starting.done(error)
         finally:
-            os.close(starting.result_fd)
-            os.close(starting.gate_fd)
+            os.close(starting.link_fd)
             os.close(starting.lock_fd)
 
     def _place(self, starting: _Starting, pid: int) -> InitStarted:
@@ -167,7 +170,7 @@ class Inits:
             self._ground.groups.make(starting.group)
             self._ground.groups.enter(starting.group, pid)
             kernel.bind_mount(f"/proc/{pid}/ns/pid", pin)
-            os.write(starting.gate_fd, b"\n")
+            os.write(starting.link_fd, b"\n")
         except OSError as error:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ipc import channel
 from ipc.errors import precondition
@@ -40,7 +39,9 @@ class Monitors:
         entry: Entry,
         settings: Callable[[], MonitorSettings],
         cri: Identity,
+        *,
         tally: Tally,
+        nursery: Nursery,
     ) -> None:
         self._ground = ground
         self._entry = entry
@@ -48,15 +49,10 @@ class Monitors:
         self._cri = cri
         self._tally = tally
         self._root = f"{settings().run_root}/monitors"
-        module = importlib.import_module(entry.module)  # preloaded
-        self._run = module.run
-        self._nursery_settings: MonitorSettings | None = None
-        self._nursery = Nursery(ground, module.prepare_process, self._birth)
-
-    @property
-    def nursery_pid(self) -> int:
-        """The process that forks them, 0 while there is none."""
-        return self._nursery.pid
+        self._module = importlib.import_module(entry.module)  # preloaded
+        self._nursery_settings = settings()
+        self._nursery = nursery
+        nursery.add("monitor", self._live, self._prepare)
 
     def start(self, container_id: str, pod_id: str) -> int:
         """Return the pid of the container's monitor, forked now if none lives.
@@ -88,7 +84,8 @@ class Monitors:
             if settings != self._nursery_settings:  # a reload changed them
                 self._nursery.close()
                 self._nursery_settings = settings
-            pid = self._nursery.fork([container_id, pod_id, directory], (lock_fd, listener.fileno()))
+            words = ["monitor", container_id, pod_id, directory]
+            pid = self._nursery.fork(words, (lock_fd, listener.fileno()))
         started = self._ground.loop.time()
         self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
         held.write_holder(lock_fd, pid)
@@ -103,14 +100,18 @@ class Monitors:
             self._ground.groups.make(self._ground.groups.monitors)
             self._ground.groups.enter(self._ground.groups.monitors, pid)
 
-    def _birth(self, ground: Any, words: Sequence[str], fds: tuple[int, int]) -> None:
+    def _prepare(self) -> None:
+        """In the nursery."""
+        self._monitor_ground = self._module.prepare_process()
+        self._run = self._module.run
+
+    def _live(self, words: Sequence[str], fds: tuple[int, int]) -> None:
         """A monitor's life, in the child."""
-        set_title("bulkhead: monitor " + words[0][:SHORT_ID])
-        self._run(self._context, words, fds, ground)
+        set_title("bulkhead: monitor " + words[1][:SHORT_ID])
+        self._run(self._context, words, fds, self._monitor_ground)
 
     def _context(self, container_id: str) -> spawn.WorkerContext:
         settings = self._nursery_settings
-        assert settings is not None
         log = Log(
             f"monitor {container_id[:SHORT_ID]}", sink=self._ground.log_socket, level=settings.log_level
         )

@@ -1,9 +1,9 @@
-"""Runs in: the supervisor, and in the nursery, a quiet child of it that forks the monitors.
+"""Runs in: the supervisor, and in the nursery, a quiet child of it that forks the monitors and the pod inits.
 
-Every page that the supervisor writes between two forks is one that the monitors forked before do not share
-with those after. It is forked when the first monitor is wanted, has made ready what all need, and
-executes nothing but its few lines; its monitors share nearly everything. It forks twice, so that a monitor is
-the supervisor's child. It ends with the supervisor; when it fails, the next monitor gets a new one.
+Every page that the supervisor writes between two forks is one that those forked before do not share with
+those after. The nursery is forked when the first of them is wanted, has made ready what all need, and
+executes nothing but its few lines; its children share nearly everything. It forks twice, so that they are
+the supervisor's children. It ends with the supervisor; when it fails, the next that is wanted gets a new one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from ipc.kernel import bare_fork
 from ipc.log import Log
@@ -29,25 +28,30 @@ _FDS = struct.Struct("2i")
 _ROOM = socket.CMSG_SPACE(_FDS.size)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
-#: What a child does: with what was prepared, the words and the two descriptors of its request.
-Birth = Callable[[Any, Sequence[str], tuple[int, int]], object]
+#: What a child does, with the words and the two descriptors of its request.
+Life = Callable[[Sequence[str], tuple[int, int]], object]
 
 
 class Nursery:
-    """The supervisor's side. `prepare` and `birth` run in the nursery and in its children.
+    """The supervisor's side. `pid`: of the process, 0 while there is none."""
 
-    `pid`: of the process, 0 while there is none.
-    """
-
-    def __init__(self, ground: Ground, prepare: Callable[[], Any], birth: Birth) -> None:
+    def __init__(self, ground: Ground) -> None:
         self._ground = ground
-        self._prepare = prepare
-        self._birth = birth
+        self._prepares: list[Callable[[], object]] = []
+        self._lives: dict[str, Life] = {}
         self._sock: socket.socket | None = None
         self.pid = 0
 
+    def add(self, kind: str, life: Life, prepare: Callable[[], object]) -> None:
+        """Before the first fork: what children of a kind do, and in the nursery what makes them ready.
+
+        What prepares last leaves its children the smallest.
+        """
+        self._lives[kind] = life
+        self._prepares.append(prepare)
+
     def fork(self, words: Sequence[str], fds: tuple[int, int]) -> int:
-        """Return the pid of a new child, which gets the words and the descriptors. Raises OSError."""
+        """Return the pid of a new child, whose kind is the first of the words. Raises OSError."""
         pid = self._ask(words, fds) or self._ask(words, fds)  # one that is dead gets a successor at once
         if not pid:
             raise OSError("two nurseries died over a request")
@@ -81,7 +85,7 @@ class Nursery:
         log = Log("nursery", sink=self._ground.log_socket)
 
         def work() -> None:
-            _nurse(theirs, self._prepare, self._birth, log)
+            _nurse(theirs, self._prepares, self._lives, log)
 
         with theirs:
             child = spawn.fork(spawn.Job("bulkhead: nursery", work, log, [theirs.fileno()]))
@@ -104,13 +108,16 @@ class Nursery:
             self.pid = 0
 
 
-def _nurse(sock: socket.socket, prepare: Callable[[], Any], birth: Birth, log: Log) -> None:
+def _nurse(
+    sock: socket.socket, prepares: Sequence[Callable[[], object]], lives: Mapping[str, Life], log: Log
+) -> None:
     """The nursery's life: one request after the other, until the supervisor closes.
 
     In one function and few words: whatever it touches, no two of its children share.
     """
     spawn.freeze()
-    prepared = prepare()
+    for prepare in prepares:
+        prepare()
     sock.setblocking(True)
     receive, send, sock_fd = sock.recvmsg, sock.send, sock.fileno()
     while True:
@@ -130,7 +137,8 @@ def _nurse(sock: socket.socket, prepare: Callable[[], Any], birth: Birth, log: L
                 os._exit(0)
             send(b"%d" % os.getpid())
             os.close(sock_fd)
-            birth(prepared, data.decode().split("\0"), fds)
+            words = data.decode().split("\0")
+            lives[words[0]](words, fds)
             status = 0
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
             log.bug("process ended by a bug", error)

@@ -32,18 +32,25 @@ POLICY = Policy(
 )
 
 
+def filter_program() -> bytes | None:
+    """Return the filter of system calls as what the kernel takes."""
+    return confine.program_of(POLICY, 1)
+
+
 def launch(
     title: str,
     identity: Identity,
     empty: str,
+    program: bytes | None,
     *,
     lock_fd: int,
-    gate_fd: int,
-    result_fd: int,
+    link_fd: int,
     user_namespace: str = "",
 ) -> None:
     """In the first child: make the namespace, fork its first process, tell its pid. Raises OSError.
 
+    `program`: what `filter_program` returned before the fork, for the first process to be small. `link_fd`: a
+    socket to the supervisor, over which the pid goes and a newline comes when the first process may begin.
     `user_namespace`: the pin of the pod's, "" if it has none.
     """
     _lower_oom_score()
@@ -51,26 +58,32 @@ def launch(
         _enter(user_namespace)
         identity = Identity(0, 0)
     kernel.unshare(kernel.CLONE_NEWPID)
-    pid = os.fork()
+    pid = kernel.bare_fork()
     if pid == 0:
-        _first_process(title, identity, empty, lock_fd=lock_fd, gate_fd=gate_fd, result_fd=result_fd)
-    os.write(result_fd, f"{pid}\n".encode())
+        _first_process(title, identity, empty, program, lock_fd=lock_fd, link_fd=link_fd)
+    os.write(link_fd, f"{pid}\n".encode())
 
 
 def _first_process(
-    title: str, identity: Identity, empty: str, *, lock_fd: int, gate_fd: int, result_fd: int
+    title: str,
+    identity: Identity,
+    empty: str,
+    program: bytes | None,
+    *,
+    lock_fd: int,
+    link_fd: int,
 ) -> None:
     status = 1
     try:
-        os.close(result_fd)
+        os.setsid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         set_title(title)
-        opened = os.read(gate_fd, 1) == b"\n"
-        os.close(gate_fd)
+        opened = os.read(link_fd, 1) == b"\n"
+        os.close(link_fd)
         if opened:
             with contextlib.suppress(OSError):
                 log.get().connect()  # while its path can be reached
-            _confine(identity, empty)
+            _confine(identity, empty, program)
             os.closerange(3, lock_fd)
             os.closerange(lock_fd + 1, 1 << 10)
             _reap_for_ever()
@@ -95,12 +108,12 @@ def _enter(user_namespace: str) -> None:
         os.close(fd)
 
 
-def _confine(identity: Identity, empty: str) -> None:
+def _confine(identity: Identity, empty: str, program: bytes | None) -> None:
     os.chdir(empty)
     os.chroot(".")
     confine.become(identity.uid, identity.gid, (), ())
     confine.no_new_privileges()
-    confine.filter_calls(POLICY)
+    confine.filter_by(program)
 
 
 def _reap_for_ever() -> None:

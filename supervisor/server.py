@@ -31,6 +31,7 @@ from supervisor.kinds import Kind
 from supervisor.logsink import LogSink, SupervisorLog
 from supervisor.monitors import Monitors
 from supervisor.notify import Notifier
+from supervisor.nursery import Nursery
 from supervisor.parents import Parents
 from supervisor.policy import Policy, Rules
 from supervisor.reaper import Reaper
@@ -125,9 +126,17 @@ class Supervisor:
 
     def _make_parts(self, hierarchies: cgroup.Hierarchies) -> None:
         cri = self.who.get("cri", self.who["monitor"])
-        self.monitors = Monitors(self.ground, self.table["monitor"], self._monitor_settings, cri, self.tally)
+        self.nursery = Nursery(self.ground)
         parent = default_cgroup_parent(self.config)
-        self.inits = Inits(self.ground, self.who["init"], self.config.run_root, parent)
+        self.inits = Inits(self.ground, self.who["init"], self.config.run_root, parent, self.nursery)
+        self.monitors = Monitors(
+            self.ground,
+            self.table["monitor"],
+            self._monitor_settings,
+            cri,
+            tally=self.tally,
+            nursery=self.nursery,
+        )
         systemd = self.config.cgroup_manager == "systemd"
         self.parents = Parents(self.ground, self.config.run_root, systemd=systemd)
         # All are bound before the first settings are made: cri is told where stream listens.
@@ -275,8 +284,8 @@ class Supervisor:
         return [own, *workers, *self._outliving()]
 
     def _outliving(self) -> Iterable[WorkerState]:
-        if self.monitors.nursery_pid:
-            yield WorkerState(kind="nursery", name="nursery", state="ready", pid=self.monitors.nursery_pid)
+        if self.nursery.pid:
+            yield WorkerState(kind="nursery", name="nursery", state="ready", pid=self.nursery.pid)
         for init in self.inits.states():
             state = "ready" if init.alive else "ended"
             yield WorkerState(

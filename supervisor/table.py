@@ -255,9 +255,9 @@ TABLE: Table = by_kind(
     ),
     Entry(
         kind="nursery",
-        purpose="forks monitors and does nothing else, so that they share its pages",
+        purpose="forks monitors and inits and does nothing else, so that they share its pages",
         minimum=0,
-        restart=Restart.NEVER,  # but by the next monitor that is wanted (supervisor/nursery.py)
+        restart=Restart.NEVER,  # but by the next of them that is wanted (supervisor/nursery.py)
     ),
     Entry(
         kind="monitor",

@@ -26,7 +26,7 @@ def prepare_process() -> None:
 def run(
     make_context: Callable[[str], Any], names: Sequence[str], fds: tuple[int, int], ground: None = None
 ) -> None:
-    container_id, pod_id, directory = names
+    _, container_id, pod_id, directory = names
     lock_fd, listener_fd = fds
     context = make_context(container_id)
     loop = Loop()

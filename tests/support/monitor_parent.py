@@ -56,7 +56,7 @@ def start(context: Context, container_id: str, nursery: Nursery) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(directory + "/ctl.sock")
         listener.listen(64)
-        pid = nursery.fork([container_id, "pod", directory], (lock_fd, listener.fileno()))
+        pid = nursery.fork(["monitor", container_id, "pod", directory], (lock_fd, listener.fileno()))
     os.close(lock_fd)
     return pid
 
@@ -68,13 +68,19 @@ def run(run_root: str, ids: list[str]) -> None:
     def make_context(_container_id: str) -> Context:
         return context
 
-    def birth(ground: Any, words: Sequence[str], fds: tuple[int, int]) -> None:
-        main.run(make_context, words, fds, ground)
+    def prepare() -> None:
+        grounds.append(main.prepare_process())
+
+    def live(words: Sequence[str], fds: tuple[int, int]) -> None:
+        main.run(make_context, words, fds, grounds[0])
+
+    grounds: list[Any] = []
 
     main.preload()
     spawn.freeze()
     kernel.become_subreaper()
-    nursery = Nursery(cast("Ground", Parent()), main.prepare_process, birth)
+    nursery = Nursery(cast("Ground", Parent()))
+    nursery.add("monitor", live, prepare)
     for container_id in ids:
         os.write(1, b"%d\n" % start(context, container_id, nursery))
     os.close(1)

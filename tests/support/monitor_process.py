@@ -133,7 +133,7 @@ class MonitorProcess:
                 os.dup2(source, target)
             monitor_main.run(
                 lambda _container_id: MonitorContext(settings),
-                (self.id, "pod", str(self.directory)),
+                ("monitor", self.id, "pod", str(self.directory)),
                 (lock_fd, listener.fileno()),
             )
             code = 0

@@ -187,7 +187,7 @@ def run(
     fds: tuple[int, int],
     ground: Ground | None = None,
 ) -> None:
-    """A monitor's life. `names`: container, pod, directory.
+    """A monitor's life. `names`: its kind, container, pod, directory.
 
     `fds`: the directory's lock, close-on-exec, held to the end, which is how others see that it lives; the
     listening socket. `make_context` gets the container's id; it is called where it is needed, not in a
@@ -208,14 +208,14 @@ class Monitor:
 
     def __init__(self, normal_score: int) -> None:
         self.make_context: Callable[[str], Context]
-        self.names: Sequence[str] = ("", "", "")  # container, pod, directory
+        self.names: Sequence[str] = ("", "", "", "")  # kind, container, pod, directory
         self._normal_score = normal_score
 
     def _begin(self, keeper: Keeper) -> None:
         gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
         gc.enable()
-        self._context = self.make_context(self.names[0])
-        self._container_id, self._pod_id, self._directory = self.names
+        self._context = self.make_context(self.names[1])
+        _, self._container_id, self._pod_id, self._directory = self.names
         self._listener = socket.socket(fileno=keeper.listener)
 
     def _log(self) -> ContainerLog:
@@ -223,7 +223,7 @@ class Monitor:
 
     def trouble(self, event: str, **fields: object) -> None:
         """Log what goes wrong in the keeper."""
-        container_id, pod_id, _ = self.names
+        _, container_id, pod_id, _ = self.names
         ContainerLog(self.make_context(container_id).log, pod=pod_id, container=container_id).warning(
             event, **fields
         )
@@ -235,7 +235,7 @@ class Monitor:
             self._serve_as_hand(keeper)
             status = 0
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-            container_id = self.names[0]
+            container_id = self.names[1]
             log = self.make_context(container_id).log
             log.bug("a monitor's hand ended by a bug", error, container=container_id)
         finally:
