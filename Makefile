@@ -63,7 +63,7 @@ vm-image: setup system-vm ## Build the root file system of the virtual machines,
 test: setup vm-image system-packaging wheels ## All tests, linters among them
 	@$(BIN)/python -m pytest
 
-test-unit: setup ## Tests that need neither root nor a runtime
+test-unit: setup system-packaging ## Tests that need neither root nor a runtime
 	@$(BIN)/python -m pytest tests/unit tests/ipc
 
 test-root: setup ## Tests of single workers with the real parts

@@ -8,6 +8,7 @@ to do after a death. It owns the kind's sockets, which outlive every one of its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -247,6 +248,28 @@ class Kind:
             worker.ping(done, timeout)
 
     # -- changing and ending --------------------------------------------------------------------------
+
+    def resize(self, entry: Entry) -> None:
+        """Take another size of the pool. One that is too large shrinks as its workers become idle."""
+        if entry != self.entry:
+            self.entry = entry
+            self._fill()
+
+    def dump(self, done: Callable[[list[str]], object]) -> None:
+        """Ask every process where it is; `done` gets the lines of all stacks."""
+        waiting = list(self.workers.values())
+        lines: list[str] = []
+
+        def told(worker: Worker, stack: list[str]) -> None:
+            lines.extend([f"{worker.kind} {worker.pid}:", *stack])
+            waiting.remove(worker)
+            if not waiting:
+                done(lines)
+
+        if not waiting:
+            done([f"{self.entry.kind}: no process"])
+        for worker in list(waiting):
+            worker.dump(functools.partial(told, worker))
 
     def reload(self, settings: Common) -> None:
         """Take new settings, for those that run and those that come."""

@@ -80,6 +80,14 @@ class Nursery:
             os.kill(self.pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
         self.close()
 
+    def end(self) -> None:
+        """End it and see it gone: systemd starts no service in whose group somebody is left."""
+        pid = self.pid
+        if pid:
+            self.kill()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
     def _open(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log = Log("nursery", sink=self._ground.log_socket)

@@ -19,7 +19,6 @@ FIXED = (
     "listen",
     "cgroup_manager",
     "users",
-    "pools",
     "restart",
     "ops",
     "nri",

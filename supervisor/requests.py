@@ -40,6 +40,8 @@ class House(Protocol):
     kinds: dict[str, Kind]
 
     def states(self) -> list[messages.WorkerState]: ...
+    def config_text(self) -> str: ...
+    def reload(self) -> messages.ConfigReloaded: ...
 
 
 def answers_trouble(function: Function) -> Function:
@@ -76,6 +78,9 @@ class Requests:
             Handler(messages.HostInfoGet, self.host_info, _READERS),
             Handler(messages.WorkerList, self.worker_list, _READERS),
             Handler(messages.WorkerRestart, self.worker_restart, _OPERATOR),
+            Handler(messages.WorkerDump, self.worker_dump, _OPERATOR),
+            Handler(messages.ConfigGet, self.config_get, _READERS),
+            Handler(messages.ConfigReload, self.config_reload, _OPERATOR),
         )
 
     @answers_trouble
@@ -142,8 +147,20 @@ class Requests:
             kind.ask_all(one_answered, FRESH_TIMEOUT)
 
     def worker_restart(self, call: Call, body: messages.WorkerRestart) -> None:
-        kind = self._house.kinds.get(body.kind)
+        self._kind(body.kind).restart(lambda: call.reply(Empty()))
+
+    def worker_dump(self, call: Call, body: messages.WorkerDump) -> None:
+        self._kind(body.kind).dump(lambda lines: call.reply(messages.WorkerStacks(lines=lines)))
+
+    def _kind(self, name: str) -> Kind:
+        kind = self._house.kinds.get(name)
         if kind is None:
             known = ", ".join(self._house.kinds)
-            raise not_found(f"there is no worker kind {body.kind!r}; there are {known}")
-        kind.restart(lambda: call.reply(Empty()))
+            raise not_found(f"there is no worker kind {name!r}; there are {known}")
+        return kind
+
+    def config_get(self, _call: Call, _body: messages.ConfigGet) -> Body:
+        return messages.ConfigText(text=self._house.config_text())
+
+    def config_reload(self, _call: Call, _body: messages.ConfigReload) -> Body:
+        return self._house.reload()

@@ -19,10 +19,11 @@ from typing import cast
 
 from ipc.log import LEVELS
 from ipc.loop import Loop
-from ipc.messages.supervisor import WorkerState
+from ipc.messages.supervisor import ConfigReloaded, HostInfo, WorkerState
 from ipc.serve import Server
 from ipc.settings import MonitorSettings
 from supervisor import cgroup, directories, hostinfo, reload, spawn
+from supervisor.announcer import Announcer
 from supervisor.config import Config
 from supervisor.configfile import ConfigError
 from supervisor.drains import Drains
@@ -50,9 +51,6 @@ from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
 from supervisor.worker import Ground, Phase
 
-SILENCE = 3  # a cri that is not killed although it is silent for so many limits: the watchdog may bite
-
-
 Reread = Callable[[], Config]
 
 
@@ -74,8 +72,6 @@ class Supervisor:
         self._derivation = Derivation(config, self.who)
         self._nri_worker = 0
         self._started_at_ns = time.time_ns()
-        self._published = "cri" not in self.table
-        self._told_ready = False
         self._stopping = False
 
     # -- coming up ------------------------------------------------------------------------------------
@@ -145,6 +141,9 @@ class Supervisor:
             self._stream_port = sockets["stream"].extra["http"].getsockname()[1]
         self._derivation = self._derive()
         self.kinds = {kind: self._make_kind(self.table[kind], sockets[kind]) for kind in sockets}
+        self.announcer = Announcer(
+            self._notifier, self.loop, self.log, self.kinds, lambda: self.config.timeouts.worker_answer
+        )
         self.probe = hostinfo.HostProbe(
             self.loop,
             self.reaper,
@@ -210,9 +209,8 @@ class Supervisor:
         self.probe.start()
         for sentence in self.groups.degraded:
             self.log.warning("degraded", lacks=sentence)
-        if self._notifier.watchdog:
-            self._beat()
-        self._changed()
+        self.probe.when_done(self._probed)
+        self.announcer.start()
 
     def _preload(self) -> None:
         """What children share: a module imported after the fork dirties twice the pages that it needs."""
@@ -222,7 +220,7 @@ class Supervisor:
     def _catch_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, self.stop)
-        self.loop.on_signal(signal.SIGHUP, self._reload)
+        self.loop.on_signal(signal.SIGHUP, self._hung_up)
         self.loop.on_signal(signal.SIGUSR1, self._dump)
 
     # -- telling the service manager --------------------------------------------------------------------
@@ -230,14 +228,14 @@ class Supervisor:
     def _bound(self, path: str) -> None:
         """cri has bound its socket: give it its public name."""
         publish(path, bind_directory(self.config), self.config.listen)
-        self._published = True
+        self.announcer.published = True
         self.log.info("CRI socket in place", path=self.config.listen)
-        self._changed()
+        self.announcer.changed()
 
     def _kind_changed(self, kind: Kind) -> None:
         if kind.entry.kind == "nri" and "cri" in self.kinds and not self._stopping:
             self._tell_of_nri(next((w.pid for w in kind.workers.values() if w.phase is Phase.READY), 0))
-        self._changed()
+        self.announcer.changed()
 
     def _tell_of_nri(self, pid: int) -> None:
         """cri asks a worker of plugins only where there is one: so it is told when one comes or goes."""
@@ -246,30 +244,9 @@ class Supervisor:
             self._derivation = self._derive()
             self.kinds["cri"].reload(self._derivation.of("cri"))
 
-    def _changed(self) -> None:
-        ready = sum(kind.ready for kind in self.kinds.values())
-        failed = [kind.entry.kind for kind in self.kinds.values() if kind.failed]
-        status = f"{ready} of {len(self.kinds)} kinds of worker ready"
-        if failed:
-            status += f"; failed: {', '.join(failed)}"
-        if self._stopping:
-            return
-        self._notifier.send(STATUS=status)
-        if not self._told_ready and self._published and ready == len(self.kinds):
-            self._told_ready = True
-            self._notifier.send(READY="1", MAINPID=str(os.getpid()))
-            self.log.info(
-                "ready", status=status, after_ms=(time.time_ns() - self._started_at_ns) // 1_000_000
-            )
-
-    def _beat(self) -> None:
-        """The watchdog's beat: this loop turns, and a cri that is silent would have been killed."""
-        cri = self.kinds.get("cri")
-        limit = SILENCE * self.config.timeouts.worker_answer
-        answered = [w.answered for w in cri.workers.values() if w.answered is not None] if cri else []
-        if not answered or self.loop.time() - max(answered) < limit:
-            self._notifier.send(WATCHDOG="1")
-        self.loop.call_later(self._notifier.watchdog / 2, self._beat)
+    def _probed(self, info: HostInfo) -> None:
+        self.announcer.runtimes = [runtime.name for runtime in info.runtimes if runtime.version]
+        self.announcer.changed()
 
     def states(self) -> list[WorkerState]:
         """Every process, the supervisor first, monitors last."""
@@ -313,19 +290,23 @@ class Supervisor:
 
     # -- reload ---------------------------------------------------------------------------------------
 
-    def _reload(self) -> None:
-        """SIGHUP: read the configuration anew. A fault leaves everything as it was."""
-        self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
-        try:
-            config = self._reread()
-        except ConfigError as error:
-            for line in str(error).splitlines():
-                self.log.error("configuration not reloaded", fault=line)
-        else:
-            self._take(config)
-        self._notifier.send(READY="1")
+    def _hung_up(self) -> None:
+        """SIGHUP."""
+        self.reload()
 
-    def _take(self, wanted: Config) -> None:
+    def reload(self) -> ConfigReloaded:
+        """Read the configuration anew. A fault leaves everything as it was."""
+        self.announcer.reloading()
+        try:
+            answer = self._take(self._reread())
+        except ConfigError as error:
+            answer = ConfigReloaded(faults=str(error).splitlines())
+            for line in answer.faults:
+                self.log.error("configuration not reloaded", fault=line)
+        self.announcer.reloaded()
+        return answer
+
+    def _take(self, wanted: Config) -> ConfigReloaded:
         change = reload.change(self.config, wanted)
         for key in change.refused:
             self.log.warning("this key takes a restart", key=key)
@@ -338,9 +319,18 @@ class Supervisor:
         self._derivation = self._derive()
         if hostinfo.PROBED & set(change.taken):
             self.probe.restart(config)  # before cri hears of it and asks
+            self.probe.when_done(self._probed)
         for kind in self.kinds.values():
+            kind.resize(_sized(kind.entry, config))
             kind.reload(self._derivation.of(kind.entry.kind))
         self.log.info("configuration reloaded", changed=" ".join(change.taken) or "nothing")
+        return ConfigReloaded(changed=change.taken, refused=change.refused)
+
+    def config_text(self) -> str:
+        """The configuration in force, as a file would say it."""
+        from supervisor.configtext import render  # asked for rarely
+
+        return render(self.config)
 
     # -- going down -----------------------------------------------------------------------------------
 
@@ -349,7 +339,7 @@ class Supervisor:
         if self._stopping:
             return
         self._stopping = True
-        self._notifier.send(STOPPING="1", STATUS="workers are stopping; containers stay")
+        self.announcer.stopping()
         self.log.info("supervisor stops")
         orders = sorted({kind.entry.stop_order for kind in self.kinds.values()})
         self._stop_next(orders)
@@ -374,6 +364,7 @@ class Supervisor:
         """Leave nothing behind but what containers need."""
         self.server.close()
         self._listener.close()
+        self.nursery.end()
         for kind in self.kinds.values():
             kind.close()
         self.groups.release(self._worker_kinds())

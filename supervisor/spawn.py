@@ -27,6 +27,7 @@ from supervisor.sandbox.spec import Identity
 from supervisor.table import Entry
 from supervisor.title import set_title
 
+DUMP_SIGNAL = signal.SIGUSR2  # a worker writes where each of its threads is
 BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
 GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
 
@@ -123,6 +124,7 @@ def _child(job: Job, gate_fd: int, parent: int) -> None:
             kernel.die_with_parent(signal.SIGKILL, parent)
         if job.stderr_fd is not None:
             faulthandler.enable(2)  # SIGABRT of a worker that hangs shows where
+            faulthandler.register(DUMP_SIGNAL, 2)  # and this one where a worker is that goes on
         status = GATE_STATUS
         if _pass_gate(gate_fd):
             status = BUG_STATUS

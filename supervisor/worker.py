@@ -32,8 +32,10 @@ from supervisor.reaper import Reaper
 from supervisor.sandbox.report import differences
 from supervisor.sandbox.spec import Identity
 from supervisor.sockets import Sockets
+from supervisor.spawn import DUMP_SIGNAL
 from supervisor.table import Entry
 
+DUMP_WAIT = 0.5  # seconds in which a process has written its stacks
 KILL_AFTER = 2.0  # seconds from SIGABRT, or from the end of the grace, to SIGKILL
 
 
@@ -101,6 +103,7 @@ class Worker:
     _control: Control | None = None
     _stderr_fd: int = -1
     _stderr: Lines = field(default_factory=Lines)
+    _dumps: list[str] | None = None  # what comes while stacks are asked for
     _asking: bool = False
     _timer: Timer | None = None
     _signalled: bool = False
@@ -314,7 +317,24 @@ class Worker:
                 self.ground.loop.remove_reader(self._stderr_fd)
             self._log_lines(self._stderr.take(data))
 
+    def dump(self, done: Callable[[list[str]], object]) -> None:
+        """Make the process write where each of its threads is (faulthandler); `done` gets the lines."""
+        first = self._dumps is None
+        self._dumps = self._dumps or []
+        stack = self._dumps
+        if first:
+            self._signal(DUMP_SIGNAL)
+
+        def over() -> None:
+            self._dumps = None
+            done(stack)
+
+        self.ground.loop.call_later(DUMP_WAIT, over)
+
     def _log_lines(self, lines: list[bytes]) -> None:
+        if self._dumps is not None:
+            self._dumps += [line.decode("utf-8", "replace") for line in lines]
+            return
         log = Log(self.kind)
         for line in lines:
             text = log.format("warning", "standard error", {"line": line.decode("utf-8", "replace")})

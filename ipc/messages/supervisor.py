@@ -196,6 +196,39 @@ class WorkerState(Body):
     sandbox: SandboxReport | None = None
 
 
+class ConfigReloaded(Body):
+    """What a reload did: keys with another value, keys that take a restart; or faults, and then nothing."""
+
+    changed: list[str] = []
+    refused: list[str] = []
+    faults: list[str] = []
+
+
+@request("supervisor.config.reload", reply=ConfigReloaded, idempotent=True)
+class ConfigReload(Request[ConfigReloaded]):
+    """Read the configuration anew, as SIGHUP does (bulkheadctl only)."""
+
+
+class ConfigText(Body):
+    text: str  # TOML
+
+
+@request("supervisor.config.get", reply=ConfigText, idempotent=True)
+class ConfigGet(Request[ConfigText]):
+    """The configuration in force. There are no secrets in it, only names of files that have some."""
+
+
+class WorkerStacks(Body):
+    lines: list[str]
+
+
+@request("supervisor.worker.dump", reply=WorkerStacks, idempotent=True)
+class WorkerDump(Request[WorkerStacks]):
+    """Where every thread of one kind's workers is just now (bulkheadctl only)."""
+
+    kind: str
+
+
 class WorkersListed(Body):
     workers: list[WorkerState]
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from supervisor.cli.ctl import containers, images, node, pods, streaming
+from supervisor.cli.ctl import containers, images, node, overview, pods, streaming, upkeep
 from supervisor.cli.ctl.connection import Connection, CtlError
 
 DEFAULT_SOCKET = "/run/bulkhead/bulkhead.sock"
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "-t", "--timeout", type=float, default=120.0, help="seconds for a request (default: 120)"
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (node, pods, containers, streaming, images):
+    for module in (overview, node, upkeep, pods, containers, streaming, images):
         module.register(commands)
     return top
 

@@ -227,7 +227,7 @@ def test_one_of_several_that_fails_is_told_beside_the_others(ctl: World) -> None
         ["stop", "--grace", "-1", "x"],
         ["exec", "--timeout", "soon", "x", "true"],
         ["pull"],
-        ["ps", "-o", "yaml"],
+        ["ps", "-o", "xml"],
     ],
 )
 def test_wrong_usage_is_told_before_anything_is_asked(ctl: World, words: list[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import glob
 import importlib
 import os
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -143,10 +144,12 @@ class CriService(boot_aio.AioService):
     """Health answers name the RPCs in flight too."""
 
     front: Front
+    running: Callable[[], Mapping[str, int]]  # for the service's status line
 
     async def _ping(self, call: aio.Call, body: control.Ping) -> control.Health:
         health = await super()._ping(call, body)
         health.requests = [*health.requests, *self.front.in_flight()]
+        health.counters |= self.running()
         return health
 
 
@@ -192,6 +195,7 @@ class Worker:
 
         control_ = CriService(self._context, handlers(service), on_stop=stop, on_reload=reload)
         control_.front = front
+        control_.running = service.running
         node.operations.on_bug = control_._bug
         return control_
 

@@ -31,7 +31,7 @@ from workers.cri.pull import Pulls
 from workers.cri.sandbox import Sandboxes
 from workers.cri.server import Rpc
 from workers.cri.spec import exec_process
-from workers.cri.state import HIDDEN
+from workers.cri.state import HIDDEN, Phase
 from workers.cri.streaming import Streaming
 from workers.cri.updates import Updates
 from workers.cri.watch import Watcher
@@ -233,6 +233,13 @@ class Service:
             states = self.pulls.states()
             yield msgspec.json.encode(states)
             await self.pulls.changed(PROGRESS_INTERVAL if states else UNLIMITED)
+
+    def running(self) -> dict[str, int]:
+        """How many pods are ready and how many containers run."""
+        store = self.node.store
+        pods = sum(pod.phase is Phase.READY for pod in store.match_pods(""))
+        containers = sum(one.phase is Phase.RUNNING for one in store.match_containers(""))
+        return {"pods": pods, "containers": containers}
 
     async def info(self, _call: aio.Call, _body: InfoGet) -> CriInfo:
         """Numbers for /metrics and /info."""

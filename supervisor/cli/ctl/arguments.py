@@ -22,6 +22,7 @@ Commands = Any  # argparse's private subparsers type
 Function = Callable[[Connection, argparse.Namespace], int]
 M = TypeVar("M", bound=Message)
 USAGE = 2
+FORMS = ("table", "json", "yaml")
 
 
 def command(
@@ -36,10 +37,8 @@ def command(
 
 
 def with_output(parser: argparse.ArgumentParser, *, ids: bool = True) -> None:
-    """Add -o table|json and, where there are ids to list, -q."""
-    parser.add_argument(
-        "-o", "--output", choices=("table", "json"), default="table", help="for people, or for programs"
-    )
+    """Add -o and, where there are ids to list, -q."""
+    parser.add_argument("-o", "--output", choices=FORMS, default="table", help="for people, or for programs")
     if ids:
         parser.add_argument("-q", "--quiet", action="store_true", help="ids only")
 

@@ -11,7 +11,7 @@ from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl import logs
 from supervisor.cli.ctl.arguments import Commands, command, each, labels, load, with_output
 from supervisor.cli.ctl.connection import Connection, CtlError
-from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
+from supervisor.cli.ctl.output import ago, as_data, print_data, print_ids, print_json, print_table, short
 
 NOT_FOUND = "(NOT_FOUND)"  # how connection.py ends the sentence
 STATES = {
@@ -113,8 +113,8 @@ def list_containers(connection: Connection, options: argparse.Namespace) -> int:
         selector.state.state = cri.CONTAINER_RUNNING
     answer = connection.call(connection.runtime.ListContainers, cri.ListContainersRequest(filter=selector))
     items = sorted(answer.containers, key=lambda container: -container.created_at)
-    if options.output == "json":
-        print_json([as_data(container) for container in items])
+    if options.output != "table":
+        print_data([as_data(container) for container in items], options.output)
     elif options.quiet:
         print_ids(container.id for container in items)
     else:

@@ -18,7 +18,7 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.cri import PullState
 from supervisor.cli.ctl.arguments import Commands, command, each, with_output
 from supervisor.cli.ctl.connection import Connection, CtlError
-from supervisor.cli.ctl.output import as_data, print_ids, print_json, print_table, short, size
+from supervisor.cli.ctl.output import as_data, print_data, print_ids, print_json, print_table, short, size
 
 WATCH_PULLS = "/bulkhead.v1.Operator/WatchPulls"
 
@@ -45,8 +45,8 @@ def list_images(connection: Connection, options: argparse.Namespace) -> int:
     if options.name:
         request.filter.image.image = options.name
     items = list(connection.call(connection.images.ListImages, request).images)
-    if options.output == "json":
-        print_json([as_data(image) for image in items])
+    if options.output != "table":
+        print_data([as_data(image) for image in items], options.output)
     elif options.quiet:
         print_ids(image.id for image in items)
     else:
@@ -135,8 +135,8 @@ def remove_images(connection: Connection, options: argparse.Namespace) -> int:
 
 def image_fs_info(connection: Connection, options: argparse.Namespace) -> int:
     answer = connection.call(connection.images.ImageFsInfo, cri.ImageFsInfoRequest())
-    if options.output == "json":
-        print_json(answer)
+    if options.output != "table":
+        print_data(answer, options.output)
         return 0
     print_table(
         ("OF", "MOUNT POINT", "USED", "INODES"),

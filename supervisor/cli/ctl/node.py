@@ -1,13 +1,12 @@
 """Runs in: bulkheadctl.
 
-The node's own: version, status, workers, restart.
+The node's processes: version, workers, restart.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,65 +18,31 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.output import as_data, duration, print_json, print_table, short, size
+from supervisor.cli.ctl.output import duration, print_data, print_table, short, size
 
 
 def register(commands: Commands) -> None:
     """Add this module's commands."""
     versions = command(commands, "version", version, "Show versions of the runtime and its API")
     with_output(versions, ids=False)
-    status = command(commands, "status", show_status, "Show conditions, handlers and features", "info")
-    with_output(status, ids=False)
     workers = command(commands, "workers", show_workers, "Show every process of the map")
     with_output(workers, ids=False)
     workers.add_argument("--json", dest="output", action="store_const", const="json", help="as -o json")
     workers.add_argument("--sandbox", action="store_true", help="what holds in each worker")
     restart = command(commands, "restart", restart_worker, "End one kind's workers in order, start them anew")
-    restart.add_argument("kind")
+    restart.add_argument("kind", help="such as image; `bulkheadctl workers` names them all")
 
 
 def version(connection: Connection, options: argparse.Namespace) -> int:
     answer = connection.call(connection.runtime.Version, cri.VersionRequest())
-    if options.output == "json":
-        print_json(answer)
+    if options.output != "table":
+        print_data(answer, options.output)
         return 0
     print(f"Version:            {answer.version}")
     print(f"RuntimeName:        {answer.runtime_name}")
     print(f"RuntimeVersion:     {answer.runtime_version}")
     print(f"RuntimeApiVersion:  {answer.runtime_api_version}")
     return 0
-
-
-def show_status(connection: Connection, options: argparse.Namespace) -> int:
-    answer = connection.call(connection.runtime.Status, cri.StatusRequest(verbose=True))
-    if options.output == "json":
-        data = as_data(answer)
-        data["info"] = {key: _parsed(value) for key, value in data.get("info", {}).items()}
-        print_json(data)
-        return 0
-    print_table(
-        ("CONDITION", "STATUS", "REASON", "MESSAGE"),
-        ((c.type, str(c.status), c.reason or "-", c.message or "-") for c in answer.status.conditions),
-    )
-    print()
-    print_table(
-        ("HANDLER", "RECURSIVE READ-ONLY", "USER NAMESPACES"),
-        (
-            (
-                h.name or "(default)",
-                str(h.features.recursive_read_only_mounts),
-                str(h.features.user_namespaces),
-            )
-            for h in answer.runtime_handlers
-        ),
-    )
-    return 0
-
-
-def _parsed(text: str) -> object:
-    with contextlib.suppress(ValueError):
-        return json.loads(text)
-    return text
 
 
 def restart_worker(connection: Connection, options: argparse.Namespace) -> int:
@@ -119,8 +84,8 @@ def usage(pid: int) -> Usage:
 def show_workers(connection: Connection, options: argparse.Namespace) -> int:
     workers = connection.ask(WorkerList()).workers
     uses = {worker.pid: usage(worker.pid) for worker in workers if worker.pid}
-    if options.output == "json":
-        print(json.dumps([_as_json(worker, uses) for worker in workers], indent=2))
+    if options.output != "table":
+        print_data([_as_json(worker, uses) for worker in workers], options.output)
     elif options.sandbox:
         _sandbox_table(workers)
     else:

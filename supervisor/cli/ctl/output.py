@@ -1,11 +1,14 @@
 """Runs in: bulkheadctl.
 
-What people read: tables by rich, JSON as the CRI spells it, times and sizes in words.
+What people read: tables by rich, times and sizes in words. What programs read: JSON or YAML as the CRI
+spells it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +23,16 @@ WIDEST = 100_000  # characters of a line; terminals wrap it
 def print_json(value: Any) -> None:
     """Print a message, or plain data, as indented JSON."""
     print(json.dumps(as_data(value), indent=2, ensure_ascii=False))
+
+
+def print_data(value: Any, form: str) -> None:
+    """Print a message, or plain data, as JSON or as YAML."""
+    if form == "yaml":
+        import yaml
+
+        print(yaml.safe_dump(as_data(value), sort_keys=False, allow_unicode=True), end="")
+    else:
+        print_json(value)
 
 
 def as_data(value: Any) -> Any:
@@ -87,3 +100,10 @@ def pairs(items: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{item!r} is not KEY=VALUE")
         found[key] = value
     return found
+
+
+def coloured(text: str, code: str) -> str:
+    """Colour a text (SGR code), but only on a terminal, and not where NO_COLOR is set."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{code}m{text}\033[0m"

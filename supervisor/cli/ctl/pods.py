@@ -10,7 +10,7 @@ import argparse
 from ipc.cri import api_pb2 as cri
 from supervisor.cli.ctl.arguments import USAGE, Commands, command, each, labels, load, with_output
 from supervisor.cli.ctl.connection import Connection, CtlError
-from supervisor.cli.ctl.output import ago, as_data, print_ids, print_json, print_table, short
+from supervisor.cli.ctl.output import ago, as_data, print_data, print_ids, print_json, print_table, short
 
 STATES = {"ready": cri.SANDBOX_READY, "notready": cri.SANDBOX_NOTREADY}
 
@@ -50,8 +50,8 @@ def list_pods(connection: Connection, options: argparse.Namespace) -> int:
         selector.state.state = STATES[options.state]
     answer = connection.call(connection.runtime.ListPodSandbox, cri.ListPodSandboxRequest(filter=selector))
     items = sorted(answer.items, key=lambda pod: -pod.created_at)
-    if options.output == "json":
-        print_json([as_data(pod) for pod in items])
+    if options.output != "table":
+        print_data([as_data(pod) for pod in items], options.output)
     elif options.quiet:
         print_ids(pod.id for pod in items)
     else:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from ipc.cri import api_pb2 as pb
 from tests.support.images import Served
 from tests.vm.inside.node import CONFLIST, SERVICE, Node, run, wait_for
 
@@ -34,14 +35,14 @@ def attempt(*command: str, **environment: str) -> subprocess.CompletedProcess[st
 class InstalledNode(Node):
     """A node whose service is the package's."""
 
-    def configure(self) -> None:
+    def configure(self, runtime: str = "runc") -> None:
         """What an administrator does besides the package."""
         shutil.rmtree("/var/log/pods", ignore_errors=True)  # of another package's pods
         files = {
             "/etc/containers/registries.conf": self.images.registries_conf,
             "/etc/cni/net.d/10-test.conflist": json.dumps(CONFLIST),
             # crun before 1.9 raises the limit of locked memory, which takes CAP_SYS_RESOURCE
-            "/etc/bulkhead/bulkhead.toml.d/10-test.toml": 'default_runtime = "runc"\n',
+            "/etc/bulkhead/bulkhead.toml.d/10-test.toml": f'default_runtime = "{runtime}"\n',
         }
         for path, text in files.items():
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -62,9 +63,11 @@ class InstalledNode(Node):
 class Survivor:
     """A container that must live on, with the same process and without a gap in its log."""
 
-    def __init__(self, node: InstalledNode) -> None:
+    def __init__(
+        self, node: InstalledNode, parent: str = "", resources: pb.LinuxContainerResources | None = None
+    ) -> None:
         self.node = node
-        self.pod_id, self.container_id = node.running("", COUNTER)
+        self.pod_id, self.container_id = node.running(parent, COUNTER, resources)
         self.pid = node.pid(self.container_id)
         wait_for(lambda: len(node.log(self.container_id)) > 2, "it logs")
         self.log_path = Path(node.status(self.container_id).log_path)

@@ -19,7 +19,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.py$")
 LIBRARIES: dict[str, set[str]] = {
     "ipc": {"msgspec", "google", "grpc", "grpc_tools", "wsproto"},
     "supervisor": {"msgspec", "setproctitle", "daemon"},
-    "supervisor.cli": {"msgspec", "psutil", "grpc", "google", "rich", "daemon", "wsproto"},
+    "supervisor.cli": {"msgspec", "yaml", "psutil", "grpc", "google", "rich", "daemon", "wsproto"},
     "workers.cri": {"msgspec", "grpc", "google"},
     "workers.image": {"msgspec", "urllib3"},
     "workers.storage": {"msgspec", "setproctitle", "zstandard", "yaml"},
