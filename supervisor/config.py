@@ -74,6 +74,15 @@ def ip_address(value: str) -> str:
     return ""
 
 
+def expression(value: str) -> str:
+    """Check: a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        return f"is no regular expression: {error}"
+    return ""
+
+
 def one_of(*words: str) -> Check:
     """Check: one of these words."""
     return lambda value: "" if value in words else f"must be one of {', '.join(words)}"
@@ -227,6 +236,7 @@ class TimeoutsConfig:
     worker_stop: float = key(5.0, "Grace of a worker that is told to stop.", at_least(0))
     worker_answer: float = key(20.0, "A worker that answers no ping for so long is killed.", at_least(0.2))
     ping: float = key(5.0, "Between health pings.", at_least(0.1))
+    slow: float = key(10.0, "Longer requests are logged with their stage; 0: never.", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -364,7 +374,13 @@ class Config:
     root: str = key("/var/lib/bulkhead", "Persistent state: images, layers, writable layers.", absolute)
     run_root: str = key(RUN_ROOT, "State of this boot: sockets, pods, monitors.", absolute)
     listen: str = key("", "The CRI socket; empty: <run_root>/bulkhead.sock.", absolute_or_empty)
-    log_level: str = key("info", "debug, info, warning or error. Live on reload.", one_of(*LEVELS))
+    log_level: str = key("info", "debug, info, warning or error.", one_of(*LEVELS))
+    log_format: str = key(
+        "text", "text (to the journal with its fields, where there is one) or json.", one_of("text", "json")
+    )
+    log_filter: str = key(
+        "", "Regular expression: only lines in which it is found are logged; empty: all.", expression
+    )
     cgroup_manager: str = key(
         "auto", "systemd, cgroupfs, or auto: systemd where it is PID 1.", one_of(*CGROUP_MANAGERS)
     )

@@ -21,6 +21,7 @@ from ipc.settings import Common
 from supervisor.drains import states as draining
 from supervisor.policy import Policy, State, Verdict
 from supervisor.sandbox.spec import Identity
+from supervisor.slow import Slow
 from supervisor.sockets import Sockets
 from supervisor.table import Entry
 from supervisor.tally import Tally, describe
@@ -58,6 +59,7 @@ class Kind:
         self._tally = tally
         self._changed = changed
         self._events = Events(self._ready, self._ended, bound, self._health, self._drained)
+        self._slow = Slow()
         self._stopping = False
         self._stopped: list[Callable[[], object]] = []
         self._backoff: Timer | None = None
@@ -152,6 +154,16 @@ class Kind:
         self._changed(self)
 
     def _health(self, worker: Worker) -> None:
+        limit = self._ground.timeouts.slow
+        for one in self._slow.look(worker.pid, self._ground.loop.time(), worker.health.requests, limit):
+            self._ground.log.warning(
+                "slow request",
+                kind=self.entry.kind,
+                type=one.type,
+                seconds=one.age_ms // 1000,
+                stage=one.doing or worker.health.doing or "unknown",
+                pid_of=worker.pid,
+            )
         served = worker.health.counters.get("served", 0)
         if self.entry.recycle and served >= self.entry.recycle and not self._stopping:
             self._ground.log.info("worker recycled", kind=self.entry.kind, pid_of=worker.pid, served=served)

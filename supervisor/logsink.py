@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 import struct
 import time
@@ -19,11 +18,11 @@ from dataclasses import dataclass
 
 from ipc.log import LINE_LIMIT, Log
 from ipc.loop import Loop
+from supervisor.logwriter import LogWriter
 
 RATE = 200.0  # lines a second and process
 BURST = 2000.0
 STDERR_LINE = 4096  # bytes kept of one line of a worker's standard error
-_PIECE = 4096  # PIPE_BUF: what a writable pipe takes without blocking
 _TURN = 64  # packets before the loop gets its turn
 _SENDERS = 4096  # processes remembered
 _CREDENTIALS = struct.Struct("iII")
@@ -59,13 +58,13 @@ class LogSink:
         path: str,
         uids: Collection[int],
         *,
-        out_fd: int = 2,
+        writer: LogWriter,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.dropped = 0
         self._loop = loop
         self._uids = frozenset(uids) | {0}
-        self._out_fd = out_fd
+        self._writer = writer
         self._clock = clock
         self._buckets: dict[int, Bucket] = {}
         self._sock = _bind(path)
@@ -95,7 +94,8 @@ class LogSink:
         if bucket.suppressed:
             line += b" lines_suppressed=%d" % bucket.suppressed
             bucket.suppressed = 0
-        self._write(line + b"\n")
+        if not self._writer.write(line):
+            self.dropped += 1
 
     def _bucket(self, pid: int) -> Bucket:
         bucket = self._buckets.get(pid)
@@ -104,10 +104,6 @@ class LogSink:
                 self._buckets.pop(next(iter(self._buckets)))
             bucket = self._buckets[pid] = Bucket(BURST, self._clock())
         return bucket
-
-    def _write(self, line: bytes) -> None:
-        if not write_line(self._out_fd, line):
-            self.dropped += 1
 
     def forget(self, pid: int) -> None:
         """The process is gone; its number may come again."""
@@ -139,24 +135,18 @@ class Lines:
 
 
 class SupervisorLog(Log):
-    """The supervisor's own log: straight to standard error, by the same rule."""
+    """The supervisor's own log: straight to the writer."""
 
-    def __init__(self, level: str) -> None:
+    def __init__(self, level: str, writer: LogWriter) -> None:
         super().__init__("supervisor", level=level)
+        self._writer = writer
 
     def emit(self, line: str) -> None:
-        """Write one line; count it when standard error takes no more."""
-        if write_line(2, line.encode("utf-8", "replace") + b"\n"):
+        """Write one line; count it when nobody takes any more."""
+        if self._writer.write(line.encode("utf-8", "replace")):
             self.dropped = 0
         else:
             self.dropped += 1
-
-
-def write_line(fd: int, line: bytes) -> bool:
-    """Write a line as far as nobody has to wait for it. False if something is missing."""
-    return all(
-        _writable(fd) and _write(fd, line[start : start + _PIECE]) for start in range(0, len(line), _PIECE)
-    )
 
 
 def _bind(path: str) -> socket.socket:
@@ -167,16 +157,3 @@ def _bind(path: str) -> socket.socket:
     sock.bind(path)
     os.chmod(path, 0o666)  # noqa: S103 - who may log is decided by the sender's uid
     return sock
-
-
-def _writable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(0))
-
-
-def _write(fd: int, data: bytes) -> bool:
-    try:
-        return os.write(fd, data) == len(data)
-    except OSError:
-        return False  # the reader is gone, or the disk is full: nobody to tell

@@ -30,6 +30,7 @@ from supervisor.drains import Drains
 from supervisor.inits import Inits
 from supervisor.kinds import Kind
 from supervisor.logsink import LogSink, SupervisorLog
+from supervisor.logwriter import LogWriter
 from supervisor.monitors import Monitors
 from supervisor.notify import Notifier
 from supervisor.nursery import Nursery
@@ -62,7 +63,9 @@ class Supervisor:
         wanted = {kind: entry for kind, entry in table.items() if kind != "nri" or config.nri.enable}
         self.table = {kind: _sized(entry, config) for kind, entry in wanted.items()}
         self.who = identities(config.users, table)
-        self.log = SupervisorLog(config.log_level)
+        self.writer = LogWriter(environ=os.environ)
+        self.writer.configure(config.log_format, config.log_filter)
+        self.log = SupervisorLog(config.log_level, self.writer)
         self.loop = Loop()
         self.kinds: dict[str, Kind] = {}
         self._notifier = notifier
@@ -103,7 +106,7 @@ class Supervisor:
             else:
                 self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
         self.groups.prepare()
-        self.sink = LogSink(self.loop, f"{config.run_root}/ipc/log.sock", uids(self.who))
+        self.sink = LogSink(self.loop, f"{config.run_root}/ipc/log.sock", uids(self.who), writer=self.writer)
         self.reaper = Reaper(self.loop, self.log)
         self.reaper.become_subreaper()
         self.tally = Tally(f"{config.run_root}/tally")
@@ -312,6 +315,7 @@ class Supervisor:
             self.log.warning("this key takes a restart", key=key)
         self.config = config = change.config
         self.log.level = LEVELS[config.log_level]
+        self.writer.configure(config.log_format, config.log_filter)
         if "log_level" in change.taken:
             self.log.info("monitors that run keep their log level")
         self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config)

@@ -386,10 +386,10 @@ def test_sighup_reads_the_configuration_again_and_a_fault_changes_nothing(instan
     instance.config.write_text(CONFIG + "[image]\nretires = 3\n")
     instance.signal(signal.SIGHUP)
     instance.await_log("the nearest valid key is image.retries")
-    instance.config.write_text("pools.image = 7\n" + CONFIG)
+    instance.config.write_text("grpc.max_requests = 9\n" + CONFIG)
     instance.signal(signal.SIGHUP)
     instance.await_log('msg="configuration reloaded"')
-    assert 'msg="this key takes a restart" key=pools' in instance.log()
+    assert 'msg="this key takes a restart" key=grpc.max_requests' in instance.log()
     assert instance.served_by("storage")
 
 

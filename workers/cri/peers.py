@@ -10,11 +10,11 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from ipc import aio
 from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet
 from ipc.messages import Body, Request
 from ipc.settings import CriSettings
+from workers.cri.stages import Client
 
 R = TypeVar("R", bound=Body)
 T = TypeVar("T")
@@ -58,12 +58,12 @@ class Peers:
 
     def __init__(self, settings: CriSettings) -> None:
         self._settings = settings
-        self.storage: Peer = aio.Client(settings.ipc_socket("storage"))
-        self.network: Peer = aio.Client(settings.ipc_socket("network"))
-        self.nri: Peer = aio.Client(settings.ipc_socket("nri"))
-        self.supervisor: Peer = aio.Client(settings.ipc_socket("supervisor"))
+        self.storage: Peer = Client(settings.ipc_socket("storage"))
+        self.network: Peer = Client(settings.ipc_socket("network"))
+        self.nri: Peer = Client(settings.ipc_socket("nri"))
+        self.supervisor: Peer = Client(settings.ipc_socket("supervisor"))
         #: An idle connection would keep the pool's worker from its idle exit.
-        self.image: Peer = aio.Client(settings.ipc_socket("image"), idle_close=5.0)
+        self.image: Peer = Client(settings.ipc_socket("image"), idle_close=5.0)
         self._monitors: dict[str, Peer] = {}
 
     def monitor(self, container_id: str) -> Peer:
@@ -76,7 +76,7 @@ class Peers:
     def connect_monitor(self, container_id: str) -> Peer:
         """A new client of a monitor's control socket."""
         # A connection keeps a process of the monitor's alive.
-        return aio.Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock", idle_close=1.0)
+        return Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock", idle_close=1.0)
 
     async def forget_monitor(self, container_id: str) -> None:
         """The monitor is gone: end its connection."""

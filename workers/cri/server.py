@@ -23,6 +23,7 @@ from ipc import log
 from ipc.cri import api_pb2 as pb
 from ipc.errors import GRPC_STATUS, Code, RemoteError
 from ipc.messages.supervisor import InFlight
+from workers.cri import stages
 from workers.cri.metrics import RpcStats
 
 STATUS_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
@@ -42,6 +43,7 @@ class Rpc:
     context: grpc.aio.ServicerContext[Any, Any]
     subject: Mapping[str, str] = field(default_factory=dict)  # what it is about, for the log
     since: float = field(default_factory=time.monotonic)
+    waits: list[str] = field(default_factory=list)  # messages to other processes that it waits for
 
     def timeout(self, most: float) -> float:
         """Seconds that what answers this RPC may take: the client's deadline, and at most `most`."""
@@ -146,7 +148,12 @@ class Front:
         """What is being served."""
         now = time.monotonic()
         return [
-            InFlight(type=rpc.name, age_ms=int((now - rpc.since) * 1000), peer="kubelet")
+            InFlight(
+                type=rpc.name,
+                age_ms=int((now - rpc.since) * 1000),
+                peer="kubelet",
+                doing=", ".join(rpc.waits),
+            )
             for rpc in self._running.values()
         ]
 
@@ -166,6 +173,7 @@ class Front:
         answer, error = None, None
         code: str = Code.CANCELLED  # unless it comes to an end of its own
         self._running[rpc.number] = rpc
+        stages.waits.set(rpc.waits)
         try:
             self._admit()
             await self._open.wait()

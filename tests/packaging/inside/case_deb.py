@@ -4,6 +4,7 @@ purge refused, remove, install again, purge.
 
 from __future__ import annotations
 
+import json
 import pwd
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,20 @@ def case_an_installation_is_a_service_that_is_ready(node: InstalledNode) -> None
     }
     assert run("bulkheadctl", "version").startswith("Version:")
     assert run("bulkhead", "version").startswith("bulkhead 1.")
+
+
+def case_the_journal_has_priorities_and_fields(node: InstalledNode, survivor: Survivor) -> None:
+    words = ("journalctl", "--unit", "bulkhead", "--output", "json", "--no-pager")
+    entries = [
+        json.loads(line) for line in run(*words, f"BULKHEAD_CONTAINER={survivor.container_id}").splitlines()
+    ]
+    assert {entry["PRIORITY"] for entry in entries} == {"6"}
+    assert {entry["BULKHEAD_WORKER"] for entry in entries} >= {"cri", "supervisor"}
+    started = next(entry for entry in entries if entry.get("BULKHEAD_RPC") == "StartContainer")
+    assert (started["BULKHEAD_CODE"], started["_SYSTEMD_UNIT"]) == ("ok", "bulkhead.service")
+    assert float(started["BULKHEAD_MS"]) > 0
+    assert run(*words, "--priority", "warning")
+    wait_for(lambda: "1 pods, 1 containers running" in node.property("StatusText"), "the status has counts")
 
 
 def case_no_module_of_ours_is_found_by_others(node: InstalledNode) -> None:

@@ -14,6 +14,7 @@ from ipc.loop import Loop
 from supervisor import directories, files, held, hostinfo, sockets
 from supervisor.config import Config, RuntimeConfig
 from supervisor.logsink import BURST, STDERR_LINE, Lines, LogSink
+from supervisor.logwriter import LogWriter
 from supervisor.notify import Notifier
 from supervisor.tally import KEPT, Tally, describe
 
@@ -61,7 +62,11 @@ def test_the_environment_of_children_has_no_notify_socket() -> None:
 def sink_of(tmp_path: Path, clock: Clock) -> tuple[Loop, LogSink, Path]:
     loop, out = Loop(), tmp_path / "out"
     fd = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    return loop, LogSink(loop, str(tmp_path / "log.sock"), {os.getuid()}, out_fd=fd, clock=clock), out
+    return (
+        loop,
+        LogSink(loop, str(tmp_path / "log.sock"), {os.getuid()}, writer=LogWriter(fd), clock=clock),
+        out,
+    )
 
 
 def test_a_line_bears_the_pid_that_the_kernel_vouches_for(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_a_flood_is_cut_and_counted_and_others_are_not_hit(tmp_path: Path) -> No
 def test_a_full_pipe_costs_lines_and_no_time(tmp_path: Path) -> None:
     loop = Loop()
     read_fd, write_fd = os.pipe()
-    sink = LogSink(loop, str(tmp_path / "log.sock"), set(), out_fd=write_fd, clock=Clock())
+    sink = LogSink(loop, str(tmp_path / "log.sock"), set(), writer=LogWriter(write_fd), clock=Clock())
     for _ in range(200):
         sink.line(7, b"x" * 1000)
     assert sink.dropped > 0
