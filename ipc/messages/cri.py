@@ -43,6 +43,38 @@ class InfoGet(Request[CriInfo]):
     """Counts for /metrics and /info; never names of secrets, never more than numbers and references."""
 
 
+class ContainerFacts(Body):
+    """What is known of a container; no environment, for that may hold secrets."""
+
+    id: str
+    name: str
+    attempt: int
+    state: str
+    pod_id: str
+    pod_name: str
+    pod_namespace: str
+    pod_uid: str
+    image: str
+    image_id: str
+    pid: int = 0
+    created_at_ns: int = 0
+    started_at_ns: int = 0
+    finished_at_ns: int = 0
+    exit_code: int = 0
+    log_path: str = ""
+    cgroup: str = ""
+    ip_addresses: list[str] = []
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+@request("cri.container.get", reply=ContainerFacts, idempotent=True)
+class ContainerGet(Request[ContainerFacts]):
+    """One container, by its id or the beginning of it. NOT_FOUND if there is none, or more than one."""
+
+    id: str
+
+
 # -- sessions of stream -----------------------------------------------------------------------------------
 
 

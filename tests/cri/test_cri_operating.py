@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +139,31 @@ def test_a_bundle_holds_state_and_no_secrets(node: Node, tmp_path: Path) -> None
     assert f'run_root = "{node.run_root}"' in texts["config.toml"]
     assert "sleep 1000" not in "".join(texts.values())
     assert node.ctl("bundle", str(path), check=False).returncode == 1
+
+
+def asked(node: Node, path: str) -> tuple[int, str]:
+    """GET a path of the worker `ops`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(15)
+        client.connect(str(node.run_root / "ops.sock"))
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+    return int(head.split()[1]), body.decode()
+
+
+def test_pages_of_ops_tell_readiness_configuration_and_containers(node: Node) -> None:
+    assert asked(node, "/readyz") == (200, "ok\n")
+    status, text = asked(node, "/config")
+    assert status == 200
+    assert tomllib.loads(text)["run_root"] == str(node.run_root)
+    container = node.ctl("ps", "-q").stdout.strip()
+    status, text = asked(node, f"/containers/{container[:20]}")
+    facts = json.loads(text)
+    assert status == 200
+    assert (facts["id"], facts["pod_name"], facts["state"]) == (container, "web", "running")
+    assert facts["pid"] > 1
+    assert facts["ip_addresses"]
+    status, text = asked(node, "/containers/none")
+    assert status == 404
+    assert "no container" in text
+    assert asked(node, "/containers/")[0] == 404

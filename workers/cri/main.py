@@ -21,7 +21,7 @@ import msgspec
 
 from ipc import aio
 from ipc.messages import control
-from ipc.messages.cri import InfoGet, SessionOpen, TokenRedeem
+from ipc.messages.cri import ContainerGet, InfoGet, SessionOpen, TokenRedeem
 from ipc.release import version
 from ipc.settings import CriSettings
 from ipc.table import Handler, Handlers, table
@@ -104,6 +104,7 @@ def handlers(service: Service) -> Handlers:
     """Messages of other processes."""
     return table(
         Handler(InfoGet, service.info, callers={"ops", "root"}),
+        Handler(ContainerGet, service.container_facts, callers={"ops", "root"}),
         Handler(TokenRedeem, service.streaming.redeem, callers={"stream"}),
         Handler(SessionOpen, service.streaming.open, callers={"stream"}),
     )

@@ -13,9 +13,9 @@ import msgspec
 
 from ipc import aio
 from ipc.cri import api_pb2 as pb
-from ipc.errors import Code, RemoteError, invalid
+from ipc.errors import Code, RemoteError, invalid, not_found
 from ipc.messages import monitor
-from ipc.messages.cri import CriInfo, InfoGet
+from ipc.messages.cri import ContainerFacts, ContainerGet, CriInfo, InfoGet
 from ipc.messages.image import Auth
 from ipc.messages.storage import FsInfo
 from workers.cri import images as image_views
@@ -31,7 +31,7 @@ from workers.cri.pull import Pulls
 from workers.cri.sandbox import Sandboxes
 from workers.cri.server import Rpc
 from workers.cri.spec import exec_process
-from workers.cri.state import HIDDEN, Phase
+from workers.cri.state import HIDDEN, Container, Phase, Pod
 from workers.cri.streaming import Streaming
 from workers.cri.updates import Updates
 from workers.cri.watch import Watcher
@@ -241,6 +241,13 @@ class Service:
         containers = sum(one.phase is Phase.RUNNING for one in store.match_containers(""))
         return {"pods": pods, "containers": containers}
 
+    async def container_facts(self, _call: aio.Call, body: ContainerGet) -> ContainerFacts:
+        """One container, for the operators' page."""
+        found = self.node.store.match_containers(body.id) if body.id else []
+        if len(found) != 1:
+            raise not_found(f"no container, or more than one, has an id that begins with {body.id[:64]!r}")
+        return facts_of(found[0], self.node.store.pods[found[0].record.pod_id])
+
     async def info(self, _call: aio.Call, _body: InfoGet) -> CriInfo:
         """Numbers for /metrics and /info."""
         store = self.node.store
@@ -252,6 +259,33 @@ class Service:
             pulls_succeeded=self.pulls.succeeded,
             pulls_failed=self.pulls.failed,
         )
+
+
+def facts_of(container: Container, pod: Pod) -> ContainerFacts:
+    """A container with its pod, without its environment."""
+    record, config, meta = container.record, container.config, pod.config.metadata
+    return ContainerFacts(
+        id=record.id,
+        name=config.metadata.name,
+        attempt=config.metadata.attempt,
+        state=str(record.phase),
+        pod_id=record.pod_id,
+        pod_name=meta.name,
+        pod_namespace=meta.namespace,
+        pod_uid=meta.uid,
+        image=record.image_name,
+        image_id=record.image_id,
+        pid=record.pid if record.phase is Phase.RUNNING else 0,
+        created_at_ns=record.created_at_ns,
+        started_at_ns=record.started_at_ns,
+        finished_at_ns=0 if record.exit is None else record.exit.finished_at_ns,
+        exit_code=0 if record.exit is None else record.exit.exit_code,
+        log_path=record.log_path,
+        cgroup=record.cgroup,
+        ip_addresses=pod.record.ips,
+        labels=dict(config.labels),
+        annotations=dict(config.annotations),
+    )
 
 
 def to_auth(auth: pb.AuthConfig) -> Auth:

@@ -12,13 +12,17 @@ from typing import Any
 
 import msgspec
 
+from ipc.errors import Code, RemoteError
 from ipc.release import version
 from ipc.settings import OpsSettings
 from workers import boot, boot_aio
 from workers.ops import http1, metrics
-from workers.ops.server import HttpServer, Route
+from workers.ops.server import Below, HttpServer, Route
 from workers.ops.snapshot import Snapshot, Sources
 
+#: Workers without which no pod can be run, and the states that say so.
+VITAL = ("cri", "storage", "network")
+SICK = frozenset({"starting", "backoff", "failed"})
 GRACE = 5.0  # seconds for those who are being answered when the worker is told to stop
 
 
@@ -46,7 +50,13 @@ class Pages:
             "/workers": self._workers,
             "/info": self._info,
             "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/config": self._config,
         }
+
+    def below(self) -> Mapping[str, Below]:
+        """The table of paths that have others below them."""
+        return {"/containers/": self._container}
 
     async def _metrics(self) -> http1.Response:
         """Prometheus metrics; what is not known is left out, `bulkhead_source_up` says of whom."""
@@ -72,6 +82,37 @@ class Pages:
         lines = "".join(f"{name}: {why}\n" for name, why in sorted(snapshot.trouble.items()))
         return http1.Response(lines.encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
 
+    async def _readyz(self) -> http1.Response:
+        """200 if pods can be run, 503 with the reason if not."""
+        snapshot = await self._sources.take()
+        wrong = [f"{name}: {why}" for name, why in sorted(snapshot.trouble.items())]
+        sick = [worker for worker in snapshot.workers if worker.kind in VITAL and worker.state in SICK]
+        wrong += [f"{worker.kind}: {worker.state} ({worker.last_death})" for worker in sick]
+        if not wrong:
+            return http1.Response(b"ok\n")
+        return http1.Response("\n".join([*wrong, ""]).encode(), status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def _config(self) -> http1.Response:
+        """The configuration in force, as TOML; there are no secrets in it."""
+        try:
+            return http1.Response((await self._sources.config()).encode(), "application/toml")
+        except RemoteError as error:
+            raise _refused(error) from error
+
+    async def _container(self, id_: str) -> http1.Response:
+        """One container, by its id or the beginning of it."""
+        try:
+            facts = await self._sources.container(id_)
+        except RemoteError as error:
+            raise _refused(error) from error
+        encoded = msgspec.json.format(msgspec.json.encode(facts), indent=1)
+        return http1.Response(encoded + b"\n", "application/json")
+
+
+def _refused(error: RemoteError) -> http1.Refused:
+    found = HTTPStatus.NOT_FOUND if error.code is Code.NOT_FOUND else HTTPStatus.SERVICE_UNAVAILABLE
+    return http1.Refused(found, error.text)
+
 
 def _json(body: dict[str, Any], snapshot: Snapshot) -> http1.Response:
     """A JSON object; 503 if somebody who should have been heard did not answer."""
@@ -82,7 +123,8 @@ def _json(body: dict[str, Any], snapshot: Snapshot) -> http1.Response:
 
 async def _serve(context: boot.Context[OpsSettings], release: str) -> None:
     sources = Sources(context.settings)
-    server = HttpServer(Pages(sources, release).routes())
+    pages = Pages(sources, release)
+    server = HttpServer(pages.routes(), pages.below())
     service = boot_aio.AioService(
         context,
         {},

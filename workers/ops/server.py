@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -15,6 +16,8 @@ from http import HTTPStatus
 from workers.ops import http1
 
 Route = Callable[[], Awaitable[http1.Response]]
+#: Answers all paths below one; it gets the last part of the path.
+Below = Callable[[str], Awaitable[http1.Response]]
 
 MAX_CONNECTIONS = 32
 ASK_TIMEOUT = 5.0  # seconds for a client to send its request
@@ -25,9 +28,10 @@ READ_TIMEOUT = 10.0  # for a client to take it
 class HttpServer:
     """Answers GET requests by path. `failed` ends with the first bug of a route."""
 
-    def __init__(self, routes: Mapping[str, Route]) -> None:
+    def __init__(self, routes: Mapping[str, Route], below: Mapping[str, Below]) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._routes = routes
+        self._below = below
         self._tasks: set[asyncio.Task[None]] = set()
         self._served = 0
         self._seen = 0
@@ -87,15 +91,20 @@ class HttpServer:
             return None
 
     async def _route(self, path: str) -> http1.Response:
-        route = self._routes.get(path)
+        route = self._routes.get(path) or self._route_below(path)
         if route is None:
-            known = ", ".join(sorted(self._routes))
+            known = ", ".join(sorted([*self._routes, *(f"{parent}..." for parent in self._below)]))
             raise http1.Refused(HTTPStatus.NOT_FOUND, f"nothing is here; there is {known}")
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
                 return await route()
         except TimeoutError:
             raise http1.Refused(HTTPStatus.GATEWAY_TIMEOUT, "no answer in time") from None
+
+    def _route_below(self, path: str) -> Route | None:
+        parent, _, name = path.rpartition("/")
+        below = self._below.get(f"{parent}/")
+        return functools.partial(below, name) if below is not None and name else None
 
 
 def _crowded() -> http1.Response:

@@ -14,8 +14,8 @@ from typing import TypeVar
 from ipc import aio
 from ipc.errors import RemoteError
 from ipc.messages import Body, Request
-from ipc.messages.cri import CriInfo, InfoGet
-from ipc.messages.supervisor import HostInfo, HostInfoGet, WorkerList, WorkersListed, WorkerState
+from ipc.messages.cri import ContainerFacts, ContainerGet, CriInfo, InfoGet
+from ipc.messages.supervisor import ConfigGet, HostInfo, HostInfoGet, WorkerList, WorkersListed, WorkerState
 from ipc.settings import OpsSettings
 from workers.ops import processes
 
@@ -70,6 +70,14 @@ class Sources:
             host=facts,
             trouble=trouble,
         )
+
+    async def container(self, id_: str) -> ContainerFacts:
+        """One container. Raises RemoteError."""
+        return await self._cri.call(ContainerGet(id=id_), timeout=TIMEOUT)
+
+    async def config(self) -> str:
+        """The configuration in force, as TOML. Raises RemoteError."""
+        return (await self._supervisor.call(ConfigGet(), timeout=TIMEOUT)).text
 
     async def close(self) -> None:
         """End the connections."""
