@@ -185,7 +185,7 @@ ADVICE: Mapping[str, str] = {
     "crio.runtime.pinns_path": "the worker `network` pins namespaces",
     "crio.runtime.namespaces_dir": "namespaces are pinned below `run_root`",
     "crio.image.insecure_registries": "use registries.conf, which is read too",
-    "crio.image.signature_policy": "see docs/images.md on what is verified",
+    "crio.image.signature_policy": "what is pulled is verified by its digest, signatures are not",
     "crio.metrics": "metrics are served at `ops.listen`",
     "crio.nri": "see docs/coming-from-crio.md",
     "crio.tracing": "slow requests are in the log, with the stage they are in",

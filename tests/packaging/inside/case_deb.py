@@ -5,7 +5,10 @@ purge refused, remove, install again, purge.
 from __future__ import annotations
 
 import json
+import os
 import pwd
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 from supervisor.settings import FIXED_UIDS
 from tests.packaging.inside.node import LIBRARY, InstalledNode, Survivor, attempt, restarted, run, wait_for
 from tests.support import packages
+from tests.support.docs import Command, commands
 from tests.support.images import served
 
 FIRST, SECOND = str(packages.package("deb1")), str(packages.package("deb2"))
@@ -151,6 +155,84 @@ def case_a_new_installation_takes_containers_over(node: InstalledNode, survivor:
     survivor.check()
     node.stop_container(survivor.container_id)
     assert node.ended(survivor.container_id).exit_code == 137
+
+
+class Reader:
+    """Somebody who types what the documents say. PODs and CONTAINERs are those that he made last."""
+
+    def __init__(self, node: InstalledNode, directory: Path) -> None:
+        self.node = node
+        self.directory = directory
+        self.known = {"IMAGE": node.images.busybox, "docker.io/library/busybox:latest": node.images.busybox}
+        pod = {
+            "metadata": {"name": "read", "namespace": "docs", "uid": "u"},
+            "log_directory": "/var/log/pods/read",
+        }
+        container = {
+            "metadata": {"name": "c"},
+            "image": {"image": node.images.busybox},
+            "command": ["sleep", "1000"],
+            "log_path": "c.log",
+        }
+        (directory / "pod.json").write_text(json.dumps(pod))
+        (directory / "container.json").write_text(json.dumps(container))
+
+    def types(self, command: Command) -> None:
+        """Run one command as it stands there. Raises AssertionError if it fails."""
+        words = [
+            self.known.get(word.rpartition("=")[2], word) if "=" not in word else word
+            for word in command.words
+        ]
+        words = [word.replace("=CONTAINER", f"={self.known.get('CONTAINER', '')}") for word in words]
+        endless = "-f" in words and "logs" in words
+        done = subprocess.run(
+            ["timeout", "2", *words] if endless else words,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        # info says by its code that this machine has no memory controller
+        expected = {124} if endless else {0, 1} if words[1] == "info" else {0}
+        assert done.returncode in expected, f"{command.place}: {words}: {done.stdout}{done.stderr}"
+        for made, name in (("runp", "POD"), ("create", "CONTAINER")):
+            if words[1] == made:
+                self.known[name] = done.stdout.strip()
+
+
+def case_every_command_of_the_documents_runs(node: InstalledNode, tmp_path: Path) -> None:
+    os.makedirs("/etc/crio", exist_ok=True)
+    Path("/etc/crio/crio.conf").write_text('[crio.runtime]\nlog_level = "info"\n')
+    reader = Reader(node, tmp_path)
+    found = [one for one in commands("bulkhead", "bulkheadctl", "systemctl", "journalctl") if one.block]
+    assert len(found) > 40
+    last = [one for one in found if "rmp" in one.words]
+    for command in [*(one for one in found if one not in last and "serve" not in one.words), *last]:
+        reader.types(command)
+        time.sleep(1.1 if "bundle" in command.words else 0)  # its default name has the second in it
+        node.wait_answering()
+
+
+def case_the_init_script_serves_a_host_without_systemd(node: InstalledNode) -> None:
+    script = str(packages.REPO / "packaging/common/init/bulkhead")
+    run("systemctl", "stop", "bulkhead")
+    assert attempt(script, "status").returncode == 3
+    run(script, "start")
+    node.wait_answering()
+    _, container_id = node.running("", ["sleep", "1000"])
+    pid = node.pid(container_id)
+    assert "is running" in run(script, "status")
+    run(script, "reload")
+    run(script, "restart")
+    node.wait_answering()
+    assert node.pid(container_id) == pid
+    assert "configuration reloaded" in Path("/var/log/bulkhead.log").read_text()
+    run(script, "stop")
+    assert attempt(script, "status").returncode == 3
+    assert Path(f"/proc/{pid}").exists()
+    run("systemctl", "start", "bulkhead")
+    assert node.pid(container_id) == pid
 
 
 def case_a_forced_purge_leaves_nothing(node: InstalledNode) -> None:
