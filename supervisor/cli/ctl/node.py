@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.output import duration, print_data, print_table, short, size
+from supervisor.cli.ctl.output import CLEAR, duration, print_data, print_table, short, size
 
 
 def register(commands: Commands) -> None:
@@ -29,6 +30,7 @@ def register(commands: Commands) -> None:
     with_output(workers, ids=False)
     workers.add_argument("--json", dest="output", action="store_const", const="json", help="as -o json")
     workers.add_argument("--sandbox", action="store_true", help="what holds in each worker")
+    workers.add_argument("-w", "--watch", type=float, metavar="SECONDS", help="again and again, so often")
     restart = command(commands, "restart", restart_worker, "End one kind's workers in order, start them anew")
     restart.add_argument("kind", help="such as image; `bulkheadctl workers` names them all")
 
@@ -82,6 +84,16 @@ def usage(pid: int) -> Usage:
 
 
 def show_workers(connection: Connection, options: argparse.Namespace) -> int:
+    _show_workers(connection, options)
+    while options.watch is not None:
+        time.sleep(max(0.1, options.watch))
+        print(CLEAR if sys.stdout.isatty() else "", end="\n")
+        _show_workers(connection, options)
+        sys.stdout.flush()
+    return 0
+
+
+def _show_workers(connection: Connection, options: argparse.Namespace) -> None:
     workers = connection.ask(WorkerList()).workers
     uses = {worker.pid: usage(worker.pid) for worker in workers if worker.pid}
     if options.output != "table":
@@ -90,7 +102,6 @@ def show_workers(connection: Connection, options: argparse.Namespace) -> int:
         _sandbox_table(workers)
     else:
         _table(workers, uses)
-    return 0
 
 
 def _as_json(worker: WorkerState, uses: Mapping[int, Usage]) -> dict[str, object]:

@@ -16,6 +16,7 @@ from typing import Any
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+CLEAR = "\033[H\033[2J"  # of a terminal
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 WIDEST = 100_000  # characters of a line; terminals wrap it
 

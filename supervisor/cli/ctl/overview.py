@@ -20,9 +20,8 @@ from ipc.messages.supervisor import WorkerList, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
 from supervisor.cli.ctl.node import usage
-from supervisor.cli.ctl.output import as_data, coloured, duration, print_data, print_table, short, size
+from supervisor.cli.ctl.output import CLEAR, as_data, coloured, duration, print_data, print_table, short, size
 
-CLEAR = "\033[H\033[2J"
 SICK = {"failed", "backoff"}
 
 

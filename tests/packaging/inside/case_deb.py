@@ -184,7 +184,7 @@ class Reader:
             for word in command.words
         ]
         words = [word.replace("=CONTAINER", f"={self.known.get('CONTAINER', '')}") for word in words]
-        endless = "-f" in words and "logs" in words
+        endless = "--watch" in words or ("-f" in words and "logs" in words)
         done = subprocess.run(
             ["timeout", "2", *words] if endless else words,
             cwd=self.directory,
