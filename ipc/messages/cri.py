@@ -6,6 +6,12 @@ from . import Body, Request, request
 from .monitor import SessionOpened
 
 
+class LayerState(Body):
+    digest: str
+    bytes_total: int
+    bytes_done: int
+
+
 class PullState(Body):
     reference: str
     started_at_ns: int
@@ -13,6 +19,7 @@ class PullState(Body):
     bytes_done: int
     layers: int
     layers_done: int
+    parts: list[LayerState] = []
 
 
 class RpcCount(Body):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -163,6 +164,7 @@ def test_a_pull_draws_a_bar_where_somebody_watches(ctl: World) -> None:
     code, drawn = in_terminal(ctl, "pull", ctl.images.larger)
     assert code == 0
     assert "larger:1" in drawn
+    assert len(set(re.findall(r"  ([0-9a-f]{13}) ", drawn))) == 4  # a bar for each layer
     assert "━" in drawn
     assert "Image is up to date for sha256:" in drawn
     assert "\x1b" not in ctl("pull", ctl.images.larger)

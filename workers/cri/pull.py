@@ -23,7 +23,7 @@ from ipc.errors import Code, RemoteError, unavailable
 from ipc.fds import FdSet
 from ipc.messages import image as image_messages
 from ipc.messages import storage
-from ipc.messages.cri import PullState
+from ipc.messages.cri import LayerState, PullState
 from ipc.messages.image import Auth, Layer, Progress, Resolved
 from workers.cri.images import Images, asked, is_pinned, pinned
 from workers.cri.node import Node
@@ -90,13 +90,18 @@ class Pulls:
         return [self._state(pull) for pull in self._running.values()]
 
     def _state(self, pull: Pull) -> PullState:
+        parts = [
+            LayerState(digest=one.digest, bytes_total=one.size, bytes_done=self._bytes_done(pull, one))
+            for one in pull.layers
+        ]
         return PullState(
             reference=pull.reference,
             started_at_ns=pull.started_at_ns,
-            bytes_total=sum(layer.size for layer in pull.layers),
-            bytes_done=sum(self._bytes_done(pull, layer) for layer in pull.layers),
-            layers=len(pull.layers),
+            bytes_total=sum(part.bytes_total for part in parts),
+            bytes_done=sum(part.bytes_done for part in parts),
+            layers=len(parts),
             layers_done=len(pull.sizes),
+            parts=parts,
         )
 
     def _bytes_done(self, pull: Pull, layer: Layer) -> int:

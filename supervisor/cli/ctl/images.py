@@ -92,7 +92,10 @@ def pull(connection: Connection, options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _bar(connection: Connection, name: str) -> Iterator[None]:
-    """Draw the progress meanwhile. The bar is gone at the end: what is printed over it would be lost."""
+    """Draw the progress meanwhile, of the whole and of each layer.
+
+    The bars are gone at the end: what is printed over them would be lost.
+    """
     watch = connection.channel.unary_stream(
         WATCH_PULLS, request_serializer=bytes, response_deserializer=bytes
     )
@@ -108,18 +111,29 @@ def _bar(connection: Connection, name: str) -> Iterator[None]:
 
 def _draw(states: Iterable[bytes], name: str) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
+        whole = bar.add_task(name, total=None)
+        layers: dict[str, TaskID] = {}
         try:
-            for data in states:
-                for state in msgspec.json.decode(data, type=list[PullState]):
-                    if state.reference == name or state.reference.endswith((f"/{name}", f"/{name}:latest")):
-                        bar.update(task, total=state.bytes_total or None, completed=state.bytes_done)
+            for state in _states_of(name, states):
+                bar.update(whole, total=state.bytes_total or None, completed=state.bytes_done)
+                for part in state.parts:
+                    if part.digest not in layers:
+                        layers[part.digest] = bar.add_task(f"  {short(part.digest)}", total=part.bytes_total)
+                    bar.update(layers[part.digest], completed=part.bytes_done)
         except grpc.RpcError:
-            return  # cancelled, or broken: the bar is a courtesy, the pull's own answer counts
+            return  # cancelled, or broken: the bars are a courtesy, the pull's own answer counts
+
+
+def _states_of(name: str, states: Iterable[bytes]) -> Iterator[PullState]:
+    """What is told of the pull of one image. Raises grpc.RpcError."""
+    for data in states:
+        for state in msgspec.json.decode(data, type=list[PullState]):
+            if state.reference == name or state.reference.endswith((f"/{name}", f"/{name}:latest")):
+                yield state
 
 
 def remove_images(connection: Connection, options: argparse.Namespace) -> int:
