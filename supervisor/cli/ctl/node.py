@@ -121,7 +121,7 @@ def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:
     up = duration(time.time() - worker.started_at_ns / 1e9) if worker.started_at_ns else "-"
     caps = "-" if worker.sandbox is None else str(len(worker.sandbox.capabilities))
     return (
-        _name(worker),
+        name_of(worker),
         str(worker.pid or "-"),
         worker.state,
         up if worker.pid else "-",
@@ -136,7 +136,7 @@ def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:
     )
 
 
-def _name(worker: WorkerState) -> str:
+def name_of(worker: WorkerState) -> str:
     """A monitor's or an init's name with the id as short as in other tables."""
     kind, _, identity = worker.name.partition(" ")
     return f"{kind} {short(identity)}" if identity else kind

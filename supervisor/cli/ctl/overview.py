@@ -19,7 +19,7 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.node import usage
+from supervisor.cli.ctl.node import name_of, usage
 from supervisor.cli.ctl.output import CLEAR, as_data, coloured, duration, print_data, print_table, short, size
 
 SICK = {"failed", "backoff"}
@@ -128,7 +128,7 @@ def _workers(workers: list[WorkerState]) -> str:
     outliving = Counter(worker.kind for worker in workers if worker.kind in ("monitor", "init"))
     text = _counts(Counter(worker.state for worker in kinds))
     restarts = {worker.kind: worker.restarts for worker in kinds}
-    text += f"; {sum(restarts.values())} restarts"
+    text += f"; restarts: {sum(restarts.values())}"
     return text + "".join(f"; {count} {kind}s" for kind, count in sorted(outliving.items()))
 
 
@@ -213,8 +213,9 @@ def sample(connection: Connection) -> Sample:
     for worker in connection.ask(WorkerList()).workers:
         if worker.pid:
             use = usage(worker.pid)
-            key = ("process", f"{worker.name} {worker.pid}")
-            cpu[key], memory[key] = max(use.cpu_seconds, 0.0), max(use.pss, use.rss, 0)
+            key = ("process", f"{name_of(worker)} ({worker.pid})")
+            cpu[key] = max(use.cpu_seconds, 0.0)
+            memory[key] = max(use.pss if use.pss >= 0 else use.rss, 0)  # shared pages are shared out
     return Sample(time.monotonic(), cpu, memory)
 
 
