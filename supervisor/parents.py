@@ -23,6 +23,8 @@ from supervisor.hostinfo import Program
 from supervisor.worker import Ground
 
 SLICE = ".slice"
+#: Controllers of cgroup v1 that systemd makes groups for (systemd.resource-control(5)).
+MANAGED = frozenset({"cpu", "cpuacct", "memory", "pids", "blkio", "devices"})
 
 
 class Parents:
@@ -71,7 +73,7 @@ class Parents:
                 yield f"{mount}/{'/'.join(levels[: depth + 1])}"
 
     def _remove(self, directories: list[str]) -> None:
-        slices = [each for each in directories if each.endswith(SLICE)] if self._systemctl else []
+        slices = [each for each in directories if self._is_systemds(each)]
         for directory in directories:
             if directory not in slices:
                 with contextlib.suppress(OSError):  # it is not empty, or was never made
@@ -81,6 +83,14 @@ class Parents:
         used = {os.path.basename(each) for each in slices if not is_empty(each, set(slices))}
         if unused := [name for name in names if name not in used]:
             self._stop(unused)
+
+    def _is_systemds(self, directory: str) -> bool:
+        """Whether systemd removes it with the slice: not in hierarchies that only runtimes make groups in."""
+        hierarchies = self._ground.groups.hierarchies
+        others = {} if hierarchies.version == 2 else hierarchies.mounts
+        managed = {mount for controller, mount in others.items() if controller in MANAGED}
+        unmanaged = tuple(f"{mount}/" for mount in others.values() if mount not in managed)
+        return bool(self._systemctl) and directory.endswith(SLICE) and not directory.startswith(unmanaged)
 
     def _stop(self, slices: list[str]) -> None:
         def ended(code: int, output: bytes) -> None:
