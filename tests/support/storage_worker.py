@@ -35,6 +35,7 @@ from ipc.messages import Empty, control, storage
 from ipc.serve import Connection
 from ipc.settings import StorageSettings
 from ipc.table import Handler, table
+from workers.jobs import SPARE
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -195,8 +196,9 @@ class Worker:
         return [line.split()[4] for line in lines if line.split()[4].startswith(str(self.base))]
 
     def children(self) -> list[int]:
-        """Its children."""
-        return [int(p) for p in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        """Its children that have a job."""
+        pids = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in pids if _comm(pid) != SPARE]
 
     def staged(self) -> list[str]:
         """What stands in staging."""
@@ -217,6 +219,13 @@ class Worker:
         for mount in reversed(self.mounts()):
             subprocess.run(["umount", "-l", mount], check=True)
         subprocess.run(["rm", "-rf", str(self.base)], check=True)
+
+
+def _comm(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except FileNotFoundError:  # it ended meanwhile
+        return SPARE
 
 
 def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:

@@ -127,7 +127,8 @@ class Containers:
     def _build(
         self, call: Call, done: Done, body: ContainerCreate, plan: ContainerPlan, *, new: bool
     ) -> None:
-        progress = Progress()
+        shared = self._jobs.shared
+        progress = shared if isinstance(shared, Progress) else Progress()
 
         def ended(outcome: Any) -> None:
             watch.cancel()
@@ -191,9 +192,9 @@ class Containers:
             if isinstance(outcome, RemoteError):
                 then(outcome)
                 return
-            if outcome:
-                self._layers.delete([grave])
             then(self._forget(container_id))
+            if outcome:  # after the answer: nobody waits for a grave to be emptied
+                self._layers.delete([grave])
 
         self._jobs.start(dismantle, plan, str(grave), on_done=dismantled, name="remove container")
 

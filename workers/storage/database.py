@@ -2,7 +2,8 @@
 
 The SQLite file: images with their names and digests, which container uses which image, and the layers. Only
 images and containers are truth here; the layers' rows are a cache of their directories, rebuilt at start.
-WAL with synchronous=FULL: what was answered survives a power loss.
+WAL with synchronous=FULL: what was answered of images survives a power loss. Containers do not survive one
+themselves; their rows are written without waiting for the disk, and their directories tell what there was.
 
 What makes room must work on a full disk: a reserve file is given up for it, and made again later.
 
@@ -12,10 +13,11 @@ so pulling an image again costs its manifest only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ipc import log
@@ -89,6 +91,15 @@ class Database:
     def close(self) -> None:
         """Close; a last checkpoint is made."""
         self._connection.close()
+
+    @contextlib.contextmanager
+    def _not_waiting(self) -> Iterator[None]:
+        """Transactions meanwhile are all or nothing, and safe from the death of this process only."""
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self._connection.execute("PRAGMA synchronous = FULL")
 
     def write(self, operation: Operation) -> None:
         """Run one transaction: all or nothing, on disk when this returns. Raises sqlite3.Error."""
@@ -194,7 +205,8 @@ class Database:
             )
             connection.executemany("INSERT OR REPLACE INTO image_volumes VALUES (?, ?)", volumes)
 
-        self.write(add)
+        with self._not_waiting():
+            self.write(add)
 
     def drop_container(self, container_id: str) -> None:
         """Forget a container."""
@@ -203,7 +215,8 @@ class Database:
             connection.execute("DELETE FROM containers WHERE id = ?", (container_id,))
             connection.execute("DELETE FROM image_volumes WHERE container_id = ?", (container_id,))
 
-        self.free(drop)
+        with self._not_waiting():
+            self.free(drop)
 
 
 def _layer_row(row: tuple[str, str, str, int, int, int]) -> LayerRow:

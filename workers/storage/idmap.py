@@ -151,6 +151,7 @@ def probe(root: str, scratch: str) -> IdmapSupport:
     except (OSError, RemoteError) as error:
         return IdmapSupport(supported=False, why=f"user namespaces: {error}")
     finally:
+        mounts.forget_volatile(home / "work")
         for name in ("layer/file", "layer", LOWER, "upper", "work/work", "work", "rootfs", ""):
             with contextlib.suppress(OSError):
                 path = home / name

@@ -25,7 +25,7 @@ from .containers import Containers, SpecDirectories
 from .database import Database
 from .images import Images
 from .layers import Layers
-from .mounts import mounted_device
+from .mounts import Progress, mounted_device
 from .paths import Paths
 from .pods import Pods
 from .trouble import Children, answering
@@ -139,7 +139,9 @@ def run(context: boot.Context[StorageSettings], state: State) -> None:
 
     def reload(settings: bytes) -> None:
         worker.use(msgspec.msgpack.decode(settings, type=StorageSettings))
+        worker.jobs.renew_spare()
 
+    worker.jobs.keep_spare(Progress)
     try:
         boot.serve(context, loop, worker.handlers(), on_reload=reload)
     finally:

@@ -24,6 +24,9 @@ _LOCKED = ("ro", "nosuid", "nodev", "noexec")
 #: overlay(5): no index, so that an upper directory can be mounted again from anywhere; no metacopy, whose
 #: half-copied files would let a hostile upper directory redirect reads.
 OVERLAY_OPTIONS = "index=off,metacopy=off"
+#: A container's writable layer goes with the container, at the latest when the machine is booted: its end
+#: need not write the whole file system below to disk, as unmounting an overlay does. Since Linux 5.10.
+VOLATILE = ",volatile"
 
 
 class Progress:
@@ -175,11 +178,30 @@ def mount_overlay(links: Path, lowers: list[str], upper: Path, work: Path, targe
     (mount(2) takes no more). Raises RemoteError."""
     os.chdir(links)
     try:
-        kernel.mount("overlay", str(target), "overlay", 0, overlay_options(lowers, str(upper), str(work)))
+        forget_volatile(work)
+        _mount_volatile(str(target), overlay_options(lowers, str(upper), str(work)))
     except OSError as error:
         raise internal(f"cannot mount the container's root file system: {error.strerror}") from error
     finally:
         os.chdir("/")
+
+
+def _mount_volatile(target: str, options: str) -> None:
+    try:
+        kernel.mount("overlay", target, "overlay", 0, options + VOLATILE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        kernel.mount("overlay", target, "overlay", 0, options)
+
+
+def forget_volatile(work: Path) -> None:
+    """Overlay marks a layer that was mounted so, for whoever might need what was lost with the machine."""
+    mark = work / "work" / "incompat" / "volatile"
+    with contextlib.suppress(FileNotFoundError):
+        (mark / "dirty").unlink()
+    for directory in (mark, mark.parent):
+        remove_directory(directory)
 
 
 def is_mounted(target: Path) -> bool:

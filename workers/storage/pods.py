@@ -1,7 +1,9 @@
-"""Runs in: storage, and (set_up, tear_down) in its children.
+"""Runs in: storage, and (tear_down) in its children.
 
 The files that all containers of a pod share: resolv.conf, hostname, hosts, and a tmpfs for /dev/shm. A file
-that is there is left alone: it may be mounted in a container already.
+that is there is left alone: it may be mounted in a container already. They are made in the worker itself:
+three small files and a mount below run_root, which nobody else named. They are removed in a child, since
+what a pod has left in its /dev/shm may take long to free.
 """
 
 from __future__ import annotations
@@ -9,8 +11,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from ipc import kernel
 from ipc.errors import RemoteError, internal, invalid
@@ -52,25 +52,35 @@ class Pods:
         if any(c in body.hostname for c in "\0\n \t") or len(body.hostname) > 64 or body.shm_bytes < 0:
             raise invalid(f"pod {body.pod_id}: bad host name {body.hostname!r} or size of /dev/shm")
         directory = str(self._paths.pods / body.pod_id)
-        self._serial.run(body.pod_id, lambda done: self._start(call, done, set_up, directory, body))
+        self._serial.run(body.pod_id, lambda done: self._set_up(call, done, directory, body))
+
+    @staticmethod
+    def _set_up(call: Call, done: Done, directory: str, body: PodSetup) -> None:
+        try:
+            if not call.done:
+                call.reply(set_up(directory, body))
+        except RemoteError as error:
+            call.fail(error)
+        finally:
+            done()
 
     def teardown(self, call: Call, body: PodTeardown) -> None:
         """storage.pod.teardown"""
         directory = str(self._paths.pods / checked_id(body.pod_id, "pod"))
-        self._serial.run(body.pod_id, lambda done: self._start(call, done, tear_down, directory))
+        self._serial.run(body.pod_id, lambda done: self._tear_down(call, done, directory))
 
-    def _start(self, call: Call, done: Done, function: Any, *args: Any) -> None:
+    def _tear_down(self, call: Call, done: Done, directory: str) -> None:
         def ended(outcome: Any) -> None:
             if isinstance(outcome, RemoteError):
                 call.fail(outcome)
             else:
-                call.reply(Empty() if outcome is None else msgspec.convert(outcome, PodFiles))
+                call.reply(Empty())
             done()
 
         if call.done:
             done()
             return
-        job = self._jobs.start(function, *args, on_done=ended)
+        job = self._jobs.start(tear_down, directory, on_done=ended)
         call.doing = job.name
         call.on_abandon(job.kill)
 
@@ -79,12 +89,11 @@ class Pods:
         return sorted(os.listdir(self._paths.pods))
 
 
-# -- in children ----------------------------------------------------------------------------------------
+# -- in the worker ----------------------------------------------------------------------------------------
 
 
 def set_up(directory: str, body: PodSetup) -> PodFiles:
     """Make the pod's files and its tmpfs; what is there stays."""
-    os.umask(0o022)
     with told("cannot write the pod's files"):
         _write_files(Path(directory), body)
     if body.shm_bytes:
@@ -140,6 +149,9 @@ def _mount_shm(path: Path, body: PodSetup) -> None:
         kernel.mount("shm", str(path), "tmpfs", SHM_FLAGS, options)
     except OSError as error:
         raise internal(f"cannot mount the pod's /dev/shm: {error.strerror}") from error
+
+
+# -- in children ----------------------------------------------------------------------------------------
 
 
 def tear_down(directory: str) -> None:
