@@ -15,6 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -24,8 +25,10 @@ from ipc.fds import close_all
 from ipc.loop import Loop
 from ipc.messages import Body
 from ipc.messages.monitor import (
+    AttachOpen,
     Create,
     Created,
+    ExecOpen,
     ExecSync,
     ExitRecord,
     Start,
@@ -34,11 +37,13 @@ from ipc.messages.monitor import (
     Update,
 )
 from workers.monitor import procfs, records
+from workers.monitor.attaching import Attached
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.creation import Born, Creation
 from workers.monitor.ending import DELETE_TIMEOUT
 from workers.monitor.execs import Exec
+from workers.monitor.execsessions import ExecSession, Opened
 from workers.monitor.link import CHILD, GONE, STRANGER, Link, Taken
 from workers.monitor.oom import Followed, follow
 from workers.monitor.records import StateRecord
@@ -51,6 +56,7 @@ KILL_TIMEOUT = 10.0  # seconds for the runtime's `kill`, where it must be asked
 START_PATIENCE = 3.0  # seconds for the runtime's word on a start whose init has ended
 
 Answer = Callable[[Body | RemoteError], object]
+E = TypeVar("E", Exec, ExecSession)
 
 
 class Status(enum.Enum):
@@ -105,7 +111,8 @@ class Container:
         self._cgroups = Cgroups({})
         self._stopper = Stopper(loop, self)
         self._updates = Updates(self, log)
-        self._execs: dict[int, Exec] = {}
+        self._execs: dict[int, Exec | ExecSession] = {}
+        self._attached = Attached(loop, link, log)
         self._exec_count = 0
         self._finished = False  # its init has
         self._start_call: Invocation | None = None
@@ -130,6 +137,7 @@ class Container:
         return self._finished or not (
             self._unwanted
             or self._execs
+            or self._attached.busy
             or self._stopper.busy
             or self._updates.busy
             or self.status in (Status.CREATING, Status.STARTING)
@@ -224,6 +232,8 @@ class Container:
             unit=os.path.basename(request.cgroup_path) if request.systemd_cgroup else "",
             stdio_uid=request.stdio_uid,
             stdio_gid=request.stdio_gid,
+            terminal=request.terminal,
+            stdin_once=request.stdin_once,
         )
         records.write_state(self.directory, record)
         self._adopt(record)
@@ -232,6 +242,7 @@ class Container:
         self._state = record
         self.runtime = runtime_of(record)
         self.log_path = record.log_path
+        self._attached.terminal, self._attached.stdin_once = record.terminal, record.stdin_once
         self._cgroups = Cgroups(record.cgroups)
         self._pid = record.pid
         if record.ours:
@@ -434,7 +445,7 @@ class Container:
 
     def init_ended(self) -> None:
         """The keeper's word that the init was reaped."""
-        self._finished = True
+        self._finished = self._attached.ending = True
         self._stopper.ended()
         if self.status is Status.STARTING:  # the runtime's word on the start comes first
             self._loop.call_later(START_PATIENCE, self._give_up_start)
@@ -452,6 +463,7 @@ class Container:
         self._record = record
         for running in list(self._execs.values()):
             running.container_ended()
+        self._attached.container_ended()
         if self._start_error is not None:
             self._answer_all(self._starters, self._start_error)
         self._answer_all(self._waiters, record)
@@ -485,24 +497,41 @@ class Container:
 
     def exec(self, request: ExecSync, answer: Answer) -> Exec:
         """Run a process in the container. Raises RemoteError."""
+        return self._new_exec(
+            lambda number, over: Exec(self._loop, self, number, request, answer=answer, gone=over)
+        )
+
+    def open_exec(self, request: ExecOpen, opened: Opened) -> ExecSession:
+        """Run a process whose streams are the caller's. Raises RemoteError."""
+        return self._new_exec(
+            lambda number, over: ExecSession(self._loop, self, number, request, opened=opened, over=over)
+        )
+
+    def _new_exec(self, make: Callable[[int, Callable[[], object]], E]) -> E:
         if self.status is not Status.RUNNING:
             raise precondition(f"container {self.container_id} is {self.told_status}, not running")
         kernel.become_subreaper()  # what the runtime's detached exec leaves is to be this process's child
         self._exec_count += 1
         number = self._exec_count
         try:
-            running = Exec(
-                self._loop,
-                self,
-                number,
-                request,
-                answer=answer,
-                gone=lambda: self._execs.pop(number, None),
-            )
+            running = make(number, lambda: self._execs.pop(number, None))
         except OSError as error:
             raise precondition(f"exec: {error}") from error
         self._execs[number] = running
         return running
+
+    def attach(self, request: AttachOpen, opened: Opened) -> None:
+        """Let somebody join the container's streams. Raises RemoteError."""
+        if self.status not in (Status.CREATED, Status.STARTING, Status.RUNNING) or self._finished:
+            raise precondition(
+                f"container {self.container_id} is {self.told_status}: there is nothing to join"
+            )
+        self._attached.join(request, opened)
+
+    @property
+    def saying_goodbye(self) -> bool:
+        """True while those who attached have not taken everything that waits for them."""
+        return self._attached.busy
 
     @property
     def stdio_owner(self) -> Owner:

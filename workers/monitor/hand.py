@@ -25,6 +25,8 @@ from workers.monitor.container import Container
 from workers.monitor.link import Taken
 
 FIRST_WAIT = 1.0  # seconds for the connection it was forked for; it may be gone again
+LAST_WORDS = 3.0  # seconds after the end for those who attached to take what waits for them
+_ROOM = socket.CMSG_SPACE(4 * 4)
 PATIENCE = 20  # seconds that its loop may stand still (a path on a dead mount, say) before the kernel ends it
 
 
@@ -35,7 +37,7 @@ class KeeperLink:
         self.over = False
         self._loop = loop
         self._sock = sock
-        self._asked: deque[Callable[[bytes], object]] = deque()
+        self._asked: deque[Callable[[bytes, list[int]], object]] = deque()
         self._container: Container | None = None
         sock.setblocking(False)
 
@@ -47,18 +49,25 @@ class KeeperLink:
     def _readable(self) -> None:
         assert self._container is not None
         try:
-            data = self._sock.recv(k.PACKET)
+            data, fds = self._receive()
         except BlockingIOError:
             return
         kind, rest = data[:1], data[1:]
         if kind == k.ANSWER:
-            self._asked.popleft()(rest)
+            self._asked.popleft()(rest, fds)
         elif kind == k.ENDED:
             self._container.init_ended()
         elif kind == k.RECORD:
             self._container.tell(msgspec.json.decode(rest, type=ExitRecord))
         elif kind in (k.OVER, b""):
             self.over = True
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        data, ancillary, _, _ = self._sock.recvmsg(k.PACKET, _ROOM, socket.MSG_CMSG_CLOEXEC)
+        fds = array.array("i")
+        for _level, _type, raw in ancillary:
+            fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+        return data, fds.tolist()
 
     def _say(self, data: bytes, fds: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
@@ -74,13 +83,31 @@ class KeeperLink:
 
     def reopen(self, fd: int, done: Callable[[], object]) -> None:
         """As Link has it."""
-        self._asked.append(lambda _data: done())
+        self._asked.append(lambda _data, _fds: done())
         self._say(k.REOPEN, [fd])
 
     def count(self, done: Callable[[int, int], object]) -> None:
         """As Link has it."""
-        self._asked.append(lambda data: done(*k.COUNTS.unpack(data)))
+        self._asked.append(lambda data, _fds: done(*k.COUNTS.unpack(data)))
         self._say(k.COUNT, [])
+
+    def stdio(self, done: Callable[[int, int], object]) -> None:
+        """As Link has it."""
+
+        def given(data: bytes, fds: list[int]) -> None:
+            fd = fds[0] if fds else -1
+            done(*((fd, -1) if data == b"\1" else (-1, fd)))
+
+        self._asked.append(given)
+        self._say(k.STDIO, [])
+
+    def feed(self, fd: int) -> None:
+        """As Link has it."""
+        self._say(k.FEED, [fd])
+
+    def shut_stdin(self) -> None:
+        """As Link has it."""
+        self._say(k.SHUT, [])
 
     def go(self) -> None:
         """As Link has it."""

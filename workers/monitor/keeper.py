@@ -38,10 +38,13 @@ from workers.monitor.link import (
     CHILD,
     COUNT,
     COUNTS,
+    FEED,
     GONE,
     LEAVE,
     PACKET,
     REOPEN,
+    SHUT,
+    STDIO,
     STRANGER,
     TAKE,
     TAKEN,
@@ -67,9 +70,9 @@ class Keeper:
     """
 
     __slots__ = (
-        "_early", "_epoll", "_hand", "_ready", "code", "file", "finished_ns", "hand_pid", "hands_link",
-        "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd", "streams",
-        "taken",
+        "_early", "_epoll", "_hand", "_ready", "code", "feed", "file", "finished_ns", "hand_pid",
+        "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd",
+        "streams", "taken",
     )  # fmt: skip
 
     def __init__(self, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
@@ -86,6 +89,7 @@ class Keeper:
         self.finished_ns = 0
         self.leaving = False
         self.listener = -1
+        self.feed = -1  # where output goes too, while anybody is attached
         self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
         clock = Clock()
         self._ready = [LoggedStream(name, clock, self.file) for name in ("stdout", "stderr")]
@@ -128,6 +132,8 @@ class Keeper:
     def _log(self, fd: int, chunk: bytes) -> None:
         """Log what a stream brought. A few whole lines, the most common, are logged with few words."""
         stream, file = self.streams[fd], self.file
+        if self.feed >= 0:
+            self.send_on(stream, chunk)
         if not chunk:
             self._epoll.unregister(fd)
             close(fd)
@@ -186,6 +192,40 @@ class Keeper:
             self.answer(COUNTS.pack(self.file.written, self.file.dropped))
         elif kind == LEAVE:
             self.leaving = True
+        else:
+            self.oblige(kind, fds)
+
+    def oblige(self, kind: bytes, fds: list[int]) -> None:
+        """Do what those who attach need."""
+        if kind == FEED:
+            self.feed, old = fds[0], self.feed
+            if old >= 0:
+                close(old)
+        elif kind == SHUT and self.stdin_fd >= 0:
+            close(self.stdin_fd)
+            self.stdin_fd = -1
+        elif kind == STDIO:
+            self._give_stdio()
+
+    def _give_stdio(self) -> None:
+        stdin = self.stdin_fd >= 0
+        fds = [self.stdin_fd] if stdin else list(self.streams) if len(self.outputs) == 1 else []
+        rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+        with contextlib.suppress(BlockingIOError):
+            self.link.sendmsg([ANSWER + bytes((stdin,))], rights)
+
+    def send_on(self, stream: LoggedStream, chunk: bytes) -> None:
+        """Send output to those who attached. Whoever passes it on and does not keep up gets no more."""
+        try:
+            os.write(self.feed, bytes((self.outputs.index(stream),)) + chunk)
+        except OSError:
+            self.end_feed()
+
+    def end_feed(self) -> None:
+        """Send no more. Nothing if that was done."""
+        if self.feed >= 0:
+            close(self.feed)
+            self.feed = -1
 
     def hear(self) -> tuple[bytes, bytes, list[int]]:
         """Return what a hand says: kind, text, descriptors."""

@@ -24,11 +24,12 @@ from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.ending import Ending, Remains
 from workers.monitor.link import Taken
+from workers.monitor.log import LoggedStream
 from workers.monitor.oom import OomWatch
 from workers.monitor.reaper import exit_code
 from workers.monitor.records import StateRecord
 from workers.monitor.runtime import Launcher, runtime_of, start_exit_code
-from workers.monitor.stdio import Source
+from workers.monitor.stdio import Source, Take
 
 if TYPE_CHECKING:
     from workers.monitor.keeper import Keeper
@@ -70,11 +71,11 @@ class LastAct:
         """To the end."""
         keeper = self._keeper
         sources = [
-            Source(self._loop, fd, stream.take, self._source_ended) for fd, stream in keeper.streams.items()
+            Source(self._loop, fd, self._log_and_send(stream), self._source_ended)
+            for fd, stream in keeper.streams.items()
         ]
         self._sources = sources
-        if keeper.stdin_fd >= 0:
-            os.close(keeper.stdin_fd)
+        keeper.oblige(k.SHUT, [])
         if keeper.hand_pid:
             self._loop.add_reader(keeper.link.fileno(), self._heard)
             self._launcher.reaper.claim(keeper.hand_pid, self._hand_ended)
@@ -83,6 +84,14 @@ class LastAct:
         else:
             self._serve_here()
         self._loop.run()
+
+    def _log_and_send(self, stream: LoggedStream) -> Take:
+        def take(chunk: bytes, more: bool) -> None:
+            if self._keeper.feed >= 0:
+                self._keeper.send_on(stream, chunk)
+            stream.take(chunk, more)
+
+        return take
 
     def _serve_here(self) -> None:
         self._container = self._serve(self)
@@ -105,6 +114,8 @@ class LastAct:
         elif kind == k.REOPEN:
             self._keeper.file.replace(fds[0])
             self._say(k.ANSWER)
+        else:
+            self._keeper.oblige(kind, fds)
 
     def _hurry(self) -> None:
         if not self._begun:
@@ -133,6 +144,17 @@ class LastAct:
     def count(self, done: Callable[[int, int], object]) -> None:
         """As Link has it."""
         done(self._keeper.file.written, self._keeper.file.dropped)
+
+    def stdio(self, done: Callable[[int, int], object]) -> None:
+        """Nobody attaches any more."""
+        done(-1, -1)
+
+    def feed(self, fd: int) -> None:
+        """Nobody attaches any more."""
+        os.close(fd)
+
+    def shut_stdin(self) -> None:
+        """It is."""
 
     def leave(self) -> None:
         """It leaves anyhow."""
@@ -195,6 +217,7 @@ class LastAct:
 
     def _tell(self, record: ExitRecord) -> None:
         self._record = record
+        self._keeper.end_feed()
         self._log.info("container ended", exit_code=record.exit_code, reason=record.reason)
         if self._container is not None:
             self._container.tell(record)

@@ -79,6 +79,8 @@ class Service:
             Handler(messages.StateGet, self.state, CALLERS),
             Handler(messages.LogReopen, self.log_reopen, CALLERS),
             Handler(messages.ExecSync, self.exec_sync, CALLERS),
+            Handler(messages.ExecOpen, self.exec_open, CALLERS),
+            Handler(messages.AttachOpen, self.attach_open, CALLERS),
         )
 
     def create(self, call: Call, body: messages.Create) -> None:
@@ -116,6 +118,13 @@ class Service:
     def exec_sync(self, call: Call, body: messages.ExecSync) -> None:
         call.doing = "exec"
         call.on_abandon(self._container.exec(body, _answer(call)).abandon)
+
+    def exec_open(self, call: Call, body: messages.ExecOpen) -> None:
+        call.doing = "exec"
+        self._container.open_exec(body, call.reply)
+
+    def attach_open(self, call: Call, body: messages.AttachOpen) -> None:
+        self._container.attach(body, call.reply)
 
 
 def _stopped(record: Body) -> Body:
@@ -258,6 +267,9 @@ class Monitor:
         while not link.over and (server.connections or not container.quiet):
             signal.alarm(hand.PATIENCE)  # a loop that does not turn is killed, and the next hand is forked
             loop.turn(hand.PATIENCE / 4)
+        until = loop.time() + hand.LAST_WORDS
+        while container.saying_goodbye and loop.time() < until:
+            loop.turn(until - loop.time())
         server.close()
 
     def end(self, keeper: Keeper) -> None:

@@ -50,6 +50,8 @@ class StateRecord(Body):
     unit: str = ""  # of systemd, if that makes the group
     stdio_uid: int = 0  # who must be able to open the container's streams again
     stdio_gid: int = 0
+    terminal: bool = False
+    stdin_once: bool = False
 
 
 def exit_reason(code: int, *, oom_kills: int) -> str:
