@@ -22,7 +22,7 @@ from workers.cri.images import Images
 from workers.cri.names import new_id, sandbox_id
 from workers.cri.node import Node
 from workers.cri.operations import uncancelled
-from workers.cri.peers import SHORT, together, within
+from workers.cri.peers import SHORT, settle_all, together, within
 from workers.cri.spec import Built, SpecInputs, build, userns, validate
 from workers.cri.spec import pod as podspec
 from workers.cri.spec import request as spec_request
@@ -30,6 +30,7 @@ from workers.cri.state import HIDDEN, Container, ContainerRecord, Phase, Pod, co
 from workers.cri.watch import POLL, Watcher
 
 REAP_BACKOFF = (1.0, 60.0)
+LEAVING, LONGEST_LEAVING = 0.001, 0.02  # seconds between looks whether a monitor that ends has ended
 START_FAILED = 128  # exit code of a container whose process could not be executed
 MAX_GRACE = 10 * 365 * 24 * 3600  # seconds; a larger StopContainer timeout means: do not kill
 
@@ -108,6 +109,20 @@ class Containers:
         return container.id
 
     async def _set_up(self, pod: Pod, container: Container, timeout: float) -> None:
+        found: list[tuple[ImageRecord, ContainerRootfs]] = []
+
+        async def make_rootfs() -> None:
+            found.append(await self._make_rootfs(pod, container, timeout))
+
+        await together(make_rootfs(), self._start_monitor(pod, container))
+        built = await self._spec(pod, container, *found[0])
+        built = await self._node.plugins.create(pod, container, built)
+        self._store.save_spec(container.id, built.spec)
+        await self._create_by_monitor(pod, container, built, timeout)
+
+    async def _make_rootfs(
+        self, pod: Pod, container: Container, timeout: float
+    ) -> tuple[ImageRecord, ContainerRootfs]:
         image = await self._images.need(container.config.image)
         container.record.mount_images = await self._mount_images(container.config)
         container.record.image_id = image.id
@@ -123,16 +138,7 @@ class Containers:
             apparmor_default=self._node.settings.apparmor_profile,
             selinux=(await self._node.host()).selinux,
         )
-        rootfs: list[ContainerRootfs] = []
-
-        async def make_rootfs() -> None:
-            rootfs.append(await self._node.peers.storage.call(request, timeout=timeout))
-
-        await together(make_rootfs(), self._start_monitor(pod, container))
-        built = await self._spec(pod, container, image, rootfs[0])
-        built = await self._node.plugins.create(pod, container, built)
-        self._store.save_spec(container.id, built.spec)
-        await self._create_by_monitor(pod, container, built, timeout)
+        return image, await self._node.peers.storage.call(request, timeout=timeout)
 
     async def _mount_images(self, config: pb.ContainerConfig) -> list[str]:
         """The image's id of each mount, "" of those that are no image volume."""
@@ -387,17 +393,24 @@ class Containers:
 
     async def _clean(self, container: Container) -> None:
         """Take everything back that a container may have, in whatever state it is."""
-        await self._remove_monitor(container)
+        if container.phase is Phase.EXITED:  # nothing uses its root file system: no need to wait for either
+            await settle_all(self._remove_monitor(container), self._remove_rootfs(container))
+        else:
+            await self._remove_monitor(container)
+            await self._remove_rootfs(container)
+        self._untold_starts.discard(container.id)
+        self._store.drop_container(container)
+
+    async def _remove_rootfs(self, container: Container) -> None:
         request = storage.ContainerRemove(container_id=container.id)
         timeout = self._node.settings.container_create_timeout
         await self._node.peers.storage.call(request, timeout=timeout)
-        self._untold_starts.discard(container.id)
-        self._store.drop_container(container)
 
     async def _remove_monitor(self, container: Container) -> None:
         """Remove the monitor's directory; a monitor that still lives is ended first."""
         request = supervisor.MonitorRemove(container_id=container.id)
         end = time.monotonic() + self._node.settings.stop_timeout
+        delay = LEAVING
         while True:
             try:
                 await self._node.peers.supervisor.call(request, timeout=SHORT)
@@ -405,8 +418,9 @@ class Containers:
             except RemoteError as error:
                 if error.code is not Code.FAILED_PRECONDITION or time.monotonic() > end:
                     raise
-            await self._end_monitor(container)
-            await asyncio.sleep(0.01)
+            await self._end_monitor(container)  # its last words come a moment before its end
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_LEAVING)
 
     async def _end_monitor(self, container: Container) -> None:
         timeout = self._node.settings.stop_timeout

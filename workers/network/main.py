@@ -78,7 +78,9 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
 
     def reload(settings: bytes) -> None:
         state.use(msgspec.msgpack.decode(settings, type=NetworkSettings))
+        jobs.renew_spare()
 
+    jobs.keep_spare()
     dialling = Dialling(jobs, state.current_places)
     boot.serve(context, loop, handlers(pods, status, dialling), on_reload=reload, doing=pods.doing)
     jobs.kill_all()

@@ -140,6 +140,8 @@ def unpin(directory: str) -> None:
 
     Copies of a pin in other mount namespaces go with the file (unlink detaches them), so the namespace ends.
     """
+    if not os.path.isdir(directory):
+        return
     for name in FLAGS:
         path = os.path.join(directory, name)
         _unmount(path)
