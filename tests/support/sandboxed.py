@@ -26,7 +26,7 @@ from supervisor import sandbox
 from supervisor.table import TABLE
 
 #: Users that exist nowhere: every kind has its own, storage and network are root.
-UIDS = {"cri": 61001, "image": 61002, "stream": 61003, "ops": 61004, "storage": 0, "network": 0}
+UIDS = {"cri": 61001, "image": 61002, "stream": 61003, "ops": 61004, "nri": 61005, "storage": 0, "network": 0}
 
 
 @dataclass
@@ -64,7 +64,7 @@ def host() -> Iterator[Host]:
             (here.run_root / name).mkdir(parents=True)
         for name in ("cri", "bind"):
             os.chown(here.run_root / name, UIDS["cri"], UIDS["cri"])
-        for name in ("cri", "image", "storage", "network", "stream", "supervisor", "log"):
+        for name in ("cri", "image", "storage", "network", "stream", "nri", "supervisor", "log"):
             (here.run_root / "ipc" / f"{name}.sock").touch()
         (base / "certs.d").mkdir()
         yield here

@@ -27,6 +27,29 @@ from .session import NoSession, Session, Sessions, State, first
 
 MAX_PLUGINS = 64
 SHUTDOWN_TIMEOUT = 0.5
+LONGEST_DELAY = 30.0
+MAX_NAMES = 1024  # that are remembered for their failures
+
+
+class Patience:
+    """Plugins that fail to be synchronized hold everybody up each time: they wait longer and longer."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, int] = {}
+
+    def delay(self, name: str) -> float:
+        """Seconds before a plugin of that name is synchronized."""
+        failures = self._failures.get(name, 0)
+        return min(2.0 ** (failures - 1), LONGEST_DELAY) if failures else 0.0
+
+    def lost(self, name: str) -> None:
+        """It could not be synchronized."""
+        if name in self._failures or len(self._failures) < MAX_NAMES:
+            self._failures[name] = min(self._failures.get(name, 0) + 1, 16)
+
+    def won(self, name: str) -> None:
+        """It could."""
+        self._failures.pop(name, None)
 
 
 class Plugins:
@@ -41,6 +64,7 @@ class Plugins:
         self._connected: dict[Plugin, asyncio.Task[None]] = {}
         self._states: dict[int, tuple[Plugin, State]] = {}
         self.turn = asyncio.Lock()
+        self._patience = Patience()
         self._expected = 0  # pre-installed plugins that have neither joined nor failed
 
     # -- coming and going -----------------------------------------------------------------------------
@@ -77,6 +101,7 @@ class Plugins:
         """Join, and be synchronized with each cri that comes; ended by `_gone`."""
         try:
             await plugin.join()
+            await asyncio.sleep(self._patience.delay(plugin.name))
             session: Session | None = None
             while True:
                 session = await self.sessions.after(session)
@@ -158,12 +183,15 @@ class Plugins:
         try:
             updates = await plugin.synchronize(state.pods, state.containers)
         except Gone:
+            self._patience.lost(plugin.name)
             return []
         except Refused as error:
+            self._patience.lost(plugin.name)
             plugin.connection.close(f"it could not be synchronized: {error.text}")
             return []
         finally:
             state.done.set()
+        self._patience.won(plugin.name)
         if plugin not in self.active:
             self.active = sorted([*self.active, plugin], key=lambda one: one.index)
             self._log.info("plugin joined", plugin=plugin.name, pods=len(state.pods))

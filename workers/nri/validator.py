@@ -16,7 +16,8 @@ from .owners import Owners
 
 REQUIRED = "required-plugins.noderesource.dev"
 _TRUE, _FALSE = {"1", "t", "T", "true", "TRUE", "True"}, {"0", "f", "F", "false", "FALSE", "False"}
-_SCALAR = re.compile(r"""\s*(?:"([^"\\]*)"|'([^']*)'|([^\s"'\[\]{},#:&*!|>%@`-][^"'\[\]{},#]*?))\s*""")
+_PLAIN = r"""[^\s"'\[\]{},#:&*!|>%@`-](?:(?!:(?:\s|$))[^"'\[\]{},#])*?"""  # a colon and a space make a mapping
+_SCALAR = re.compile(rf"""\s*(?:"([^"\\]*)"|'([^']*)'|({_PLAIN}))\s*""")
 
 
 class Rejected(Exception):

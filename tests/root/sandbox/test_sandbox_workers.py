@@ -22,7 +22,7 @@ from supervisor.table import TABLE
 from tests.support import sandboxed
 from tests.support.sandboxed import UIDS, Host, attempt, inside
 
-UNPRIVILEGED = ("cri", "image", "stream", "ops")
+UNPRIVILEGED = ("cri", "image", "stream", "ops", "nri")
 KINDS = (*UNPRIVILEGED, "storage", "network")
 NUMBERS = syscalls.numbers(platform.machine())
 
@@ -79,7 +79,7 @@ def test_cannot_open_etc_shadow(kind: str, host: Host) -> None:
     assert set(said) <= {"ENOENT", "EACCES"}
 
 
-@pytest.mark.parametrize("kind", ["cri", "ops", "storage"])
+@pytest.mark.parametrize("kind", ["cri", "ops", "nri", "storage"])
 def test_cannot_make_an_inet_socket(kind: str, host: Host) -> None:
     families = (socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET, 40)  # 40: AF_VSOCK
     tries = [lambda f=family: attempt(socket.socket, f, socket.SOCK_STREAM) for family in families]

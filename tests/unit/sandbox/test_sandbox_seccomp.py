@@ -127,7 +127,14 @@ def test_threads_pass_and_processes_and_namespaces_do_not() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "passing"),
-    [("cri", {1}), ("ops", {1}), ("storage", {1}), ("image", {1, 2, 10, 16}), ("stream", {1, 2, 10, 16})],
+    [
+        ("cri", {1}),
+        ("ops", {1}),
+        ("nri", {1}),
+        ("storage", {1}),
+        ("image", {1, 2, 10, 16}),
+        ("stream", {1, 2, 10, 16}),
+    ],
 )
 def test_families_of_sockets(kind: str, passing: set[int]) -> None:
     allowed = {family for family in range(64) if answer(LISTS[kind], "socket", family, 1, 0) == ALLOW}

@@ -100,7 +100,7 @@ class Relay(Plugins):
         try:
             async with self._gate.exclusive():
                 wishes = await self._put_state(ask.number)
-            await self._grant(wishes)
+            await self._grant_quietly(wishes)
         except RemoteError as error:
             log.get().warning("a plugin was not synchronized", plugin=ask.plugin, text=error.text)
 
@@ -113,8 +113,8 @@ class Relay(Plugins):
             found = [self._container(one) for one in live[at : at + PIECE] if one.id in store.containers]
             piece = nri.StatePut(number=number, containers=found, more=True)
             await self._node.peers.nri.call(piece, timeout=SHORT)
-        last = nri.StatePut(number=number, pods=pods)
-        return await self._node.peers.nri.call(last, timeout=SHORT)
+        # No limit here: nri's own ends it.
+        return await self._node.peers.nri.call(nri.StatePut(number=number, pods=pods))
 
     def _is_told(self, thing: Pod | Container) -> bool:
         return thing.phase is Phase.CREATING and thing.id in self._told
@@ -123,8 +123,14 @@ class Relay(Plugins):
         return not container.record.sandbox and (container.phase in _SYNCHRONIZED or self._is_told(container))
 
     def _container(self, container: Container, spec: bytes | None = None) -> nri.ContainerFacts:
-        spec = spec or self._told.get(container.id) or self._node.store.spec(container.id)
-        return facts.of_container(container, spec)
+        return facts.of_container(container, spec or self._told.get(container.id) or self._spec(container))
+
+    def _spec(self, container: Container) -> bytes:
+        """Its spec; an empty one for a container that was lost with it and found again."""
+        try:
+            return self._node.store.spec(container.id)
+        except RemoteError:
+            return b"{}"
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -327,23 +333,17 @@ class Relay(Plugins):
         return nri.ContainerEvent(event=event, pod=facts.of_pod(pod), container=self._container(container))
 
     async def _event(self, event: str, container: Container) -> None:
+        """Tell of something that has happened anyway."""
         request = self._event_of(event, container) if self._linked else None
-        if request is not None:
-            wishes = await self._tell(request)
-            if wishes is not None:
-                await self._grant_quietly(wishes)
+        wishes = await self._tell(request) if request is not None else None
+        if wishes is not None:
+            await self._grant_quietly(wishes)
 
     # -- what plugins want ----------------------------------------------------------------------------
 
     async def _answer(self, ask: nri.Ask) -> None:
         """A plugin wants something out of turn: say what could not be granted."""
-        failed = []
-        for update in ask.wishes.updates:
-            try:
-                await self._apply(update)
-            except RemoteError as error:
-                log.get().warning("an update failed", container=update.container_id, text=error.text)
-                failed.append(update.container_id)
+        failed = [one.container_id for one in ask.wishes.updates if await self._apply(one) is not None]
         self._evict(ask.wishes.evictions)
         done = nri.WishesDone(number=ask.number, failed=failed)
         try:
@@ -355,24 +355,24 @@ class Relay(Plugins):
         """Do what plugins want besides. Raises RemoteError if an update fails that must not."""
         self._evict(wishes.evictions)
         for update in wishes.updates:
-            try:
-                await self._apply(update)
-            except RemoteError as error:
-                log.get().warning("an update failed", container=update.container_id, text=error.text)
-                if not update.ignore_failure:
-                    raise
+            error = await self._apply(update)
+            if error is not None and not update.ignore_failure:
+                raise error
 
     async def _grant_quietly(self, wishes: nri.Wishes) -> None:
         """As `_grant`, where nothing can be refused any more; the log has what failed."""
         self._evict(wishes.evictions)
         for update in wishes.updates:
-            try:
-                await self._apply(update)
-            except RemoteError as error:
-                log.get().warning("an update failed", container=update.container_id, text=error.text)
+            await self._apply(update)
 
-    async def _apply(self, update: nri.Update) -> None:
-        await self._change(update.container_id, msgspec.json.decode(update.resources))
+    async def _apply(self, update: nri.Update) -> RemoteError | None:
+        """Change a container's limits; return what went wrong, which is in the log."""
+        try:
+            await self._change(update.container_id, msgspec.json.decode(update.resources))
+        except RemoteError as error:
+            log.get().warning("an update failed", container=update.container_id, text=error.text)
+            return error
+        return None
 
     def _evict(self, evictions: list[nri.Eviction]) -> None:
         """Beside whatever goes on: the plugin that wants it may be the one that is told of it."""
