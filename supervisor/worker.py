@@ -353,6 +353,7 @@ class Worker:
             started_at_ns=self.started_at_ns,
             uid=self.origin.identity.uid,
             requests=self.health.requests,
+            queued=self.health.counters.get("queued", 0),
             doing=self.health.doing,
             last_ping_ms=-1 if self.answered is None else int((now - self.answered) * 1000),
             sandbox=self.report,

@@ -86,6 +86,7 @@ class Service:
         on_reload: Callable[[bytes], object] | None = None,
         doing: Callable[[], str] | None = None,
         on_stop: Callable[[], object] | None = None,
+        queued: Callable[[], int] | None = None,
     ) -> None:
         self.server = Server(loop, handlers, context.settings.uids, log=context.log)
         self._context = context
@@ -93,6 +94,7 @@ class Service:
         self._on_reload = on_reload
         self._on_stop = on_stop
         self._doing = doing or (lambda: "")
+        self._queued = queued or (lambda: 0)
         self._heap = Heap()
         self._stopping = False
 
@@ -119,7 +121,8 @@ class Service:
 
     def _ping(self, _call: Call, _body: control.Ping) -> control.Health:
         self._loop.call_soon(self._heap.settle)
-        return control.Health(requests=self.server.in_flight(), doing=self._doing())
+        counters = {"queued": self._queued()}
+        return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
 
     def _told_to_stop(self, _call: Call, body: control.Stop) -> Empty:
         self._stop(body.grace_ms / 1000)
@@ -154,9 +157,10 @@ def serve(
     on_reload: Callable[[bytes], object] | None = None,
     doing: Callable[[], str] | None = None,
     on_stop: Callable[[], object] | None = None,
+    queued: Callable[[], int] | None = None,
 ) -> None:
     """Serve `handlers` on the context's listener until the supervisor or SIGTERM says stop."""
-    Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop).run()
+    Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop, queued=queued).run()
 
 
 def take_common(context: Context[Any], settings: bytes) -> None:

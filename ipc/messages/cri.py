@@ -36,6 +36,16 @@ class RpcCount(Body):
 RPC_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+class ContainerCount(Body):
+    """What happened to a pod's container of that name, all its attempts that are still there together."""
+
+    namespace: str
+    pod: str
+    container: str
+    oom_kills: int = 0
+    log_bytes_dropped: int = 0
+
+
 class CriInfo(Body):
     pods: dict[str, int]  # state -> count
     containers: dict[str, int]
@@ -43,6 +53,17 @@ class CriInfo(Body):
     rpcs: list[RpcCount]
     pulls_succeeded: int = 0
     pulls_failed: int = 0
+    pull_failures: dict[str, int] = {}  # by the error's code
+    pull_seconds: float = 0.0  # of all that ended
+    pulled_bytes: int = 0  # of layers as they came over the network
+    layers: dict[str, int] = {}  # "fetched" or "present" -> count
+    operations: int = 0  # that change state and are under way
+    counts: list[ContainerCount] = []  # containers of which there is nothing to tell are left out
+    oom_kills: int = 0  # of all containers there ever were, since this cri began
+    log_bytes_dropped: int = 0  # as oom_kills
+    events_sent: int = 0
+    events_dropped: int = 0
+    event_clients: int = 0
 
 
 @request("cri.info.get", reply=CriInfo, idempotent=True)

@@ -194,6 +194,7 @@ class WorkerState(Body):
     last_ping_ms: int = -1  # age of the last answered health ping
     doing: str = ""
     sandbox: SandboxReport | None = None
+    queued: int = 0  # requests that it has taken and that wait for others to end
 
 
 class ConfigReloaded(Body):

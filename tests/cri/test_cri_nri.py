@@ -193,7 +193,9 @@ def test_adjustments_are_what_the_container_gets(client: Client, handler: str, t
     assert "GONE" not in seen
     assert "sleep 999" in seen
     assert client.output(container_id, "cat /mnt/plugin/file") == "of the plugin\n"
-    limits = client.output(container_id, "grep files /proc/1/limits")  # an exec of runc may have raised its own
+    limits = client.output(
+        container_id, "grep files /proc/1/limits"
+    )  # an exec of runc may have raised its own
     assert limits.split()[3:5] == ["321", "654"]
     assert client.output(container_id, "echo x >/dev/plugin && stat -c %t,%T /dev/plugin") == "1,3\n"
     assert client.output(container_id, "cat /proc/sys/kernel/shm_rmid_forced") == "1\n"

@@ -87,6 +87,7 @@ class MonitorModel:
         self.updates: list[monitor.Update] = []
         self.spec = b""
         self.starting = False
+        self.log_bytes_dropped = 0
         self.process = subprocess.Popen(["sleep", "1000"])  # whose end is the monitor's
         self._ended = asyncio.Event()
         self._grace: asyncio.Task[None] | None = None
@@ -154,6 +155,7 @@ class MonitorModel:
             started_at_ns=self.started_at_ns,
             pid=0 if self.status == "new" else PID,
             starting=self.starting,
+            log_bytes_dropped=self.log_bytes_dropped,
         )
 
     async def reopen(self, _body: monitor.LogReopen) -> Empty:

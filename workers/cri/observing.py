@@ -12,6 +12,7 @@ from ipc.cri import api_pb2 as pb
 from ipc.errors import Code, RemoteError
 from workers.cri import images as image_views
 from workers.cri import views
+from workers.cri.counts import Counts
 from workers.cri.events import Events
 from workers.cri.images import Images
 from workers.cri.lists import Lists, pieces
@@ -34,12 +35,13 @@ class Observing:
         self.lists = Lists(node.store)
         self.events = Events(node.store)
         self.stats = Stats(node)
+        self.counts = Counts(node, self.stats)
         self._metrics = Metrics(node, self.stats)
 
     def begin(self) -> None:
         """The state is loaded: follow it."""
         self.events.begin()
-        self._store.observers.append(self.stats.changed)
+        self._store.observers += [self.stats.changed, self.counts.changed]
         self._node.operations.background("sample CPU use", self.stats.sample())
 
     # -- lists ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import asyncio
 import os
 import time
 from _blake2 import blake2b  # by itself: hashlib brings OpenSSL, 2 MB, with it
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,7 +81,10 @@ class Pulls:
         self._running: dict[tuple[str, str], Pull] = {}
         self._jobs: dict[str, LayerJob] = {}
         self.succeeded = 0
-        self.failed = 0
+        self.failures: Counter[str] = Counter()  # by the error's code
+        self.seconds = 0.0  # of all pulls that ended
+        self.layers: Counter[str] = Counter()  # "fetched" or "present"
+        self.bytes = 0  # of the layers that were fetched, as they came over the network
         self._changed = asyncio.Event()
 
     # -- progress -------------------------------------------------------------------------------------
@@ -135,10 +139,11 @@ class Pulls:
         begun = time.monotonic()
         try:
             image = await self._pull_any(pull, auth)
-        except BaseException:
-            self.failed += 1
+        except BaseException as error:
+            self.failures[error.code if isinstance(error, RemoteError) else Code.INTERNAL] += 1
             raise
         finally:
+            self.seconds += time.monotonic() - begun
             del self._running[key]
             self._note_change()
         self.succeeded += 1
@@ -219,6 +224,7 @@ class Pulls:
                 job = self._begin_job(chain_id, fetcher)
             try:
                 pull.sizes[chain_id] = await (asyncio.shield(job.task) if joined else job.task)
+                self._count(fetcher.layer, present=joined or fetcher.present)
                 return
             except RemoteError:
                 if not joined:
@@ -226,6 +232,10 @@ class Pulls:
             except asyncio.CancelledError:
                 if not joined or not job.task.cancelled() or _is_cancelled():
                     raise
+
+    def _count(self, layer: Layer, *, present: bool) -> None:
+        self.layers["present" if present else "fetched"] += 1
+        self.bytes += 0 if present else layer.size
 
     def _begin_job(self, chain_id: str, fetcher: Fetcher) -> LayerJob:
         job = self._jobs[chain_id] = LayerJob(asyncio.ensure_future(fetcher.fetch()))
@@ -248,6 +258,7 @@ class Fetcher:
     parent: asyncio.Future[None] | None
     progress: Callable[[Progress], None] = lambda _update: None
     idle_for: Callable[[], float] = lambda: 0.0
+    present: bool = False  # it was there already
     refused: RemoteError | None = None  # what storage said of the archive when a download broke off
 
     async def fetch(self) -> int:
@@ -289,6 +300,7 @@ class Fetcher:
         )
         begun, fds = await self.node.peers.storage.call_fds(begin, timeout=SHORT)
         with fds:
+            self.present = begun.present
             if begun.present:
                 return begun.size
             try:

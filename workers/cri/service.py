@@ -250,14 +250,25 @@ class Service:
 
     async def info(self, _call: aio.Call, _body: InfoGet) -> CriInfo:
         """Numbers for /metrics and /info."""
-        store = self.node.store
+        store, observing = self.node.store, self.observing
         return CriInfo(
             pods=dict(Counter(str(pod.phase) for pod in store.match_pods(""))),
             containers=dict(Counter(str(container.phase) for container in store.match_containers(""))),
             pulls=self.pulls.states(),
             rpcs=self.stats.counts(),
             pulls_succeeded=self.pulls.succeeded,
-            pulls_failed=self.pulls.failed,
+            pulls_failed=self.pulls.failures.total(),
+            pull_failures=dict(self.pulls.failures),
+            pull_seconds=self.pulls.seconds,
+            pulled_bytes=self.pulls.bytes,
+            layers=dict(self.pulls.layers),
+            operations=len(self.node.operations),
+            counts=observing.counts.all(),
+            oom_kills=observing.stats.oom_total,
+            log_bytes_dropped=observing.counts.dropped_total,
+            events_sent=observing.events.sent,
+            events_dropped=observing.events.dropped,
+            event_clients=len(observing.events.clients),
         )
 
 

@@ -35,6 +35,10 @@ class Lanes:
         else:
             del self._waiting[pod_id]
 
+    def waiting(self) -> int:
+        """How many operations wait for others."""
+        return sum(map(len, self._waiting.values()))
+
     def busy(self) -> list[str]:
         """Pods with an operation at work."""
         return sorted(self._waiting)

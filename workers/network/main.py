@@ -82,7 +82,14 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
 
     jobs.keep_spare()
     dialling = Dialling(jobs, state.current_places)
-    boot.serve(context, loop, handlers(pods, status, dialling), on_reload=reload, doing=pods.doing)
+    boot.serve(
+        context,
+        loop,
+        handlers(pods, status, dialling),
+        on_reload=reload,
+        doing=pods.doing,
+        queued=pods.waiting,
+    )
     jobs.kill_all()
 
 

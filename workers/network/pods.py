@@ -66,6 +66,10 @@ class Pods:
         busy = self._lanes.busy()
         return f"network of {len(busy)} pods" if busy else ""
 
+    def waiting(self) -> int:
+        """Operations that wait for others on the same pod."""
+        return self._lanes.waiting()
+
     def _simple(self, call: Call, function: Callable[[Places, str], bytes], pod_id: str, done: Done) -> None:
         places = self._places()
 

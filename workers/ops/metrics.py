@@ -14,7 +14,7 @@ from operator import attrgetter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from ipc.messages.cri import RPC_BUCKETS, CriInfo, RpcCount
+from ipc.messages.cri import RPC_BUCKETS, ContainerCount, CriInfo, RpcCount
 from ipc.messages.supervisor import WorkerState
 from workers.ops.processes import Process
 from workers.ops.snapshot import Snapshot
@@ -26,7 +26,8 @@ Workers = list[WorkerState]
 #: label values and a value, for each sample of a metric
 Samples = Iterable[tuple[tuple[str, ...], float]]
 _OfWorkers = Callable[[Workers], float | None]
-_OfProcesses = Callable[[list[Process]], float]
+_OfProcesses = Callable[[list[Process]], float | None]
+_OfCri = Callable[[CriInfo], float]
 
 #: name, help, value of the workers of one kind (None: nothing to tell)
 WORKER_GAUGES: tuple[tuple[str, str, _OfWorkers], ...] = (
@@ -35,6 +36,11 @@ WORKER_GAUGES: tuple[tuple[str, str, _OfWorkers], ...] = (
         "worker_requests_in_flight",
         "Requests being served.",
         lambda of: sum(len(worker.requests) for worker in of),
+    ),
+    (
+        "worker_queue_depth",
+        "Requests that wait for others to end.",
+        lambda of: sum(worker.queued for worker in of),
     ),
     (
         "worker_oldest_request_seconds",
@@ -66,6 +72,35 @@ PROCESS_GAUGES: tuple[tuple[str, str, _OfProcesses], ...] = (
     # a gauge: the processes that are counted come and go
     ("process_cpu_seconds", "CPU time of the processes that live now.", lambda of: sum(p.cpu for p in of)),
     ("process_threads", "Threads.", lambda of: sum(p.threads for p in of)),
+    ("process_open_descriptors", "Open descriptors.", lambda of: _known(p.descriptors for p in of)),
+)
+
+#: name, help, value
+CRI_GAUGES: tuple[tuple[str, str, _OfCri], ...] = (
+    ("operations_in_progress", "Operations that change pods, containers or images.", lambda i: i.operations),
+    ("image_pulls_in_progress", "Image pulls under way.", lambda i: len(i.pulls)),
+    (
+        "image_pulls_in_progress_bytes",
+        "Bytes that pulls under way have fetched.",
+        lambda i: sum(pull.bytes_done for pull in i.pulls),
+    ),
+    ("container_event_clients", "Clients that listen to container events.", lambda i: i.event_clients),
+)
+CRI_COUNTERS: tuple[tuple[str, str, _OfCri], ...] = (
+    ("image_pull_seconds", "Time that image pulls took.", lambda i: i.pull_seconds),
+    ("image_pull_bytes", "Bytes of layers that came over the network.", lambda i: i.pulled_bytes),
+    ("container_events", "Container events sent.", lambda i: i.events_sent),
+    (
+        "container_events_dropped",
+        "Container events that clients lost for being too slow.",
+        lambda i: i.events_dropped,
+    ),
+    ("oom_kills", "Processes of containers that were killed for memory.", lambda i: i.oom_kills),
+    (
+        "log_dropped_bytes",
+        "Bytes of containers' logs that could not be written.",
+        lambda i: i.log_bytes_dropped,
+    ),
 )
 
 
@@ -106,7 +141,8 @@ def _of_workers(snapshot: Snapshot) -> Iterator[Metric]:
         yield _gauge(name, text, ["kind"], known)
     live = {kind: _live(of, snapshot.processes) for kind, of in kinds.items()}
     for name, text, of_processes in PROCESS_GAUGES:
-        yield _gauge(name, text, ["kind"], [((kind,), of_processes(of)) for kind, of in live.items()])
+        sums = [((kind,), of_processes(of)) for kind, of in live.items()]
+        yield _gauge(name, text, ["kind"], [(labels, value) for labels, value in sums if value is not None])
 
 
 def _live(workers: Workers, processes: Mapping[int, Process]) -> list[Process]:
@@ -118,15 +154,33 @@ def _of_cri(info: CriInfo) -> Iterator[Metric]:
     yield _gauge("containers", "Containers by state.", ["state"], _by_label(info.containers))
     ended = {"succeeded": info.pulls_succeeded, "failed": info.pulls_failed}
     yield _counter("image_pulls", "Image pulls ended.", ["result"], _by_label(ended))
-    yield _gauge("image_pulls_in_progress", "Image pulls under way.", [], [((), len(info.pulls))])
-    done = sum(pull.bytes_done for pull in info.pulls)
-    yield _gauge(
-        "image_pulls_in_progress_bytes", "Bytes that pulls under way have fetched.", [], [((), done)]
-    )
+    yield _counter("image_pull_failures", "Image pulls that failed.", ["code"], _by_label(info.pull_failures))
+    yield _counter("image_layers", "Layers of pulled images.", ["result"], _by_label(info.layers))
+    for name, text, value in CRI_GAUGES:
+        yield _gauge(name, text, [], [((), value(info))])
+    for name, text, value in CRI_COUNTERS:
+        yield _counter(name, text, [], [((), value(info))])
+    yield from _of_containers(info.counts)
     rpcs = sorted(info.rpcs, key=attrgetter("name"))
     errors = [((rpc.name,), rpc.errors) for rpc in rpcs]
     yield _counter("rpc_errors", "RPCs that ended with an error.", ["rpc"], errors)
     yield _durations(rpcs)
+
+
+def _of_containers(counts: list[ContainerCount]) -> Iterator[Metric]:
+    """Only of containers of which there is something to tell; gauges, since containers go."""
+    labels = ["namespace", "pod", "container"]
+    named = [((one.namespace, one.pod, one.container), one) for one in counts]
+    ooms = [(name, one.oom_kills) for name, one in named]
+    yield _gauge("container_oom_kills", "Processes that were killed for memory.", labels, ooms)
+    lost = [(name, one.log_bytes_dropped) for name, one in named]
+    yield _gauge("container_log_dropped_bytes", "Bytes of the log that were not written.", labels, lost)
+
+
+def _known(values: Iterable[int | None]) -> float | None:
+    """The sum of what is known, None if nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
 def _by_label(counts: Mapping[str, int]) -> Samples:

@@ -1,13 +1,13 @@
 """Runs in: ops.
 
-What /proc tells anybody about a process. The proportional set (smaps) and the open descriptors are for root
-only: `bulkheadctl workers` shows those, ops has no right to them and does not guess.
+What /proc tells anybody about a process. The proportional set (smaps) is for root only: `bulkheadctl workers`
+shows it, ops has no right to it and does not guess.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -22,6 +22,7 @@ class Process:
     virtual: int
     cpu: float
     threads: int
+    descriptors: int | None = None  # open ones; None before Linux 6.2
 
 
 def read(pid: int) -> Process | None:
@@ -31,9 +32,10 @@ def read(pid: int) -> Process | None:
             stat = file.read()
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             statm = file.read()
+        descriptors = os.stat(f"/proc/{pid}/fd").st_size  # proc(5): their number, from Linux 6.2 on
     except OSError:
         return None
-    return parse(stat, statm)
+    return replace(parse(stat, statm), descriptors=descriptors or None)
 
 
 def parse(stat: str, statm: str) -> Process:

@@ -221,6 +221,10 @@ class Containers:
         plan = self._plan(body.container_id, [])
         self._jobs.start(unmount_root, plan, on_done=unmounted, name="unmount container")
 
+    def waiting(self) -> int:
+        """How many operations wait for others on the same container."""
+        return self._serial.waiting()
+
     # -- what there is --------------------------------------------------------------------------------
 
     def inventory(self) -> list[str]:

@@ -73,6 +73,10 @@ class Storage:
         self.layers.reconcile()
         self.images.reconcile()
 
+    def queued(self) -> int:
+        """Operations that wait for others on the same container or pod."""
+        return self.containers.waiting() + self.pods.waiting()
+
     def fs_info(self, _call: Call, _body: storage.FsInfoGet) -> storage.FsInfo:
         """storage.fs.info"""
         used, entries = self.database.totals()
@@ -143,7 +147,7 @@ def run(context: boot.Context[StorageSettings], state: State) -> None:
 
     worker.jobs.keep_spare(Progress)
     try:
-        boot.serve(context, loop, worker.handlers(), on_reload=reload)
+        boot.serve(context, loop, worker.handlers(), on_reload=reload, queued=worker.queued)
     finally:
         worker.jobs.kill_all()
         worker.database.close()

@@ -44,6 +44,10 @@ class Pods:
         self._paths = paths
         self._serial = Serial()
 
+    def waiting(self) -> int:
+        """How many operations wait for others on the same pod."""
+        return self._serial.waiting()
+
     def setup(self, call: Call, body: PodSetup) -> None:
         """storage.pod.setup"""
         checked_id(body.pod_id, "pod")

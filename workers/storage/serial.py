@@ -26,6 +26,10 @@ class Serial:
         if len(line) == 1:
             operation(self._ender(key))
 
+    def waiting(self) -> int:
+        """How many operations wait for others."""
+        return sum(len(line) - 1 for line in self._lines.values())
+
     def busy(self, key: str) -> bool:
         """True while an operation on `key` is going on."""
         return key in self._lines

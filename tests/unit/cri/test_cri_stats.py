@@ -15,9 +15,10 @@ import pytest
 
 from ipc.cri import api_pb2 as pb
 from ipc.errors import Code, RemoteError
-from ipc.messages import storage
+from ipc.messages import monitor, storage
+from ipc.messages.cri import InfoGet
 from ipc.settings import POD_METRICS
-from tests.support.cri_world import Worker, World, pod_config, world_and_worker
+from tests.support.cri_world import Worker, World, eventually, pod_config, world_and_worker
 from workers.cri.stats import descriptors, procfs
 from workers.cri.stats.cgroupfs import Cgroups, Io
 from workers.cri.stats.collect import Stats
@@ -412,5 +413,25 @@ def test_the_group_of_a_container_of_an_older_release_is_worked_out(tmp_path: Pa
         container.record.cgroup = ""
         assert worker.service.observing.stats.group(container) == known != ""
         assert pod_config("x").linux.cgroup_parent == ""
+
+    play(scenario)
+
+
+def test_counts_of_containers_are_told_by_name_and_lost_log_is_asked_for_now_and_then(tmp_path: Path) -> None:
+    async def scenario(world: World, worker: Worker) -> None:
+        _, container_id = await node_with_groups(worker, tmp_path)
+        await worker.running("quiet")
+        world.monitors[container_id].log_bytes_dropped = 70
+        info: Any = await worker.service.info(None, InfoGet())  # type: ignore[arg-type]  # no call is looked at
+        assert [(one.pod, one.container, one.oom_kills) for one in info.counts] == [("p", "c", 1)]
+        counts = worker.service.observing.counts
+        await eventually(lambda: counts.dropped_total == 70)
+        (count,) = counts.all()
+        assert (count.oom_kills, count.log_bytes_dropped) == (1, 70)
+        assert len(world.asked(monitor.StateGet)) == 2  # each running one, once in five minutes
+        assert (info.oom_kills, info.operations, info.event_clients) == (1, 0, 0)
+        await worker.remove_container(container_id)
+        assert counts.all() == []
+        assert counts.dropped_total == 70
 
     play(scenario)

@@ -7,13 +7,13 @@ import os
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ipc.messages.cri import RPC_BUCKETS, CriInfo, PullState, RpcCount
+from ipc.messages.cri import RPC_BUCKETS, ContainerCount, CriInfo, PullState, RpcCount
 from ipc.messages.supervisor import InFlight, SandboxReport, WorkerState
 from workers.ops import metrics, processes
 from workers.ops.snapshot import Snapshot
 
 WORKERS = [
-    WorkerState(kind="cri", name="cri", state="ready", pid=10, restarts=2, last_ping_ms=1500,
+    WorkerState(kind="cri", name="cri", state="ready", pid=10, restarts=2, last_ping_ms=1500, queued=4,
                 requests=[InFlight(type="a.b.c", age_ms=2500)],
                 sandbox=SandboxReport(uid=1, gid=1, degraded=["landlock: not in this kernel"])),
     WorkerState(kind="image", name="image", state="idle"),
@@ -21,7 +21,7 @@ WORKERS = [
     WorkerState(kind="monitor", name="monitor b", state="ready", pid=12),
 ]  # fmt: skip
 PROCESSES = {
-    10: processes.Process(resident=100, shared=40, virtual=1000, cpu=1.5, threads=3),
+    10: processes.Process(resident=100, shared=40, virtual=1000, cpu=1.5, threads=3, descriptors=9),
     11: processes.Process(resident=10, shared=5, virtual=50, cpu=0.25, threads=1),
     12: processes.Process(resident=10, shared=5, virtual=50, cpu=0.25, threads=1),
 }
@@ -32,6 +32,17 @@ CRI = CriInfo(
     rpcs=[RpcCount(name="RunPodSandbox", total=7, errors=1, seconds=2.5, buckets=[*range(7), *[7] * 8])],
     pulls_succeeded=4,
     pulls_failed=1,
+    pull_failures={"NOT_FOUND": 1},
+    pull_seconds=2.5,
+    pulled_bytes=99,
+    layers={"fetched": 3, "present": 1},
+    operations=2,
+    counts=[ContainerCount(namespace="n", pod="p", container="c", oom_kills=2, log_bytes_dropped=7)],
+    oom_kills=3,
+    log_bytes_dropped=8,
+    events_sent=6,
+    events_dropped=5,
+    event_clients=1,
 )
 
 
@@ -68,6 +79,20 @@ def samples(snapshot: Snapshot) -> dict[str, float]:
         ("bulkhead_image_pulls_total{result=failed}", 1),
         ("bulkhead_image_pulls_in_progress{}", 1),
         ("bulkhead_image_pulls_in_progress_bytes{}", 4),
+        ("bulkhead_image_pull_failures_total{code=NOT_FOUND}", 1),
+        ("bulkhead_image_pull_seconds_total{}", 2.5),
+        ("bulkhead_image_pull_bytes_total{}", 99),
+        ("bulkhead_image_layers_total{result=present}", 1),
+        ("bulkhead_operations_in_progress{}", 2),
+        ("bulkhead_container_events_total{}", 6),
+        ("bulkhead_container_events_dropped_total{}", 5),
+        ("bulkhead_container_event_clients{}", 1),
+        ("bulkhead_oom_kills_total{}", 3),
+        ("bulkhead_log_dropped_bytes_total{}", 8),
+        ("bulkhead_container_oom_kills{container=c,namespace=n,pod=p}", 2),
+        ("bulkhead_container_log_dropped_bytes{container=c,namespace=n,pod=p}", 7),
+        ("bulkhead_worker_queue_depth{kind=cri}", 4),
+        ("bulkhead_process_open_descriptors{kind=cri}", 9),
         ("bulkhead_rpc_errors_total{rpc=RunPodSandbox}", 1),
         ("bulkhead_rpc_duration_seconds_count{rpc=RunPodSandbox}", 7),
         ("bulkhead_rpc_duration_seconds_sum{rpc=RunPodSandbox}", 2.5),
@@ -113,4 +138,5 @@ def test_this_process_is_read_and_one_that_is_gone_is_none() -> None:
     assert me is not None
     assert me.resident > me.shared > 0
     assert me.cpu > 0
+    assert me.descriptors is None or me.descriptors == pytest.approx(len(os.listdir("/proc/self/fd")), abs=3)
     assert processes.read(2**22 + 1) is None
