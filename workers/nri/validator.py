@@ -16,7 +16,7 @@ from .owners import Owners
 
 REQUIRED = "required-plugins.noderesource.dev"
 _TRUE, _FALSE = {"1", "t", "T", "true", "TRUE", "True"}, {"0", "f", "F", "false", "FALSE", "False"}
-_PLAIN = r"""[^\s"'\[\]{},#:&*!|>%@`-](?:(?!:(?:\s|$))[^"'\[\]{},#])*?"""  # a colon and a space make a mapping
+_PLAIN = r"""[^\s"'\[\]{},#:&*!|>%@`-](?:(?!:(?:\s|$))[^"'\[\]{},#])*?"""  # "a: b" is a mapping
 _SCALAR = re.compile(rf"""\s*(?:"([^"\\]*)"|'([^']*)'|({_PLAIN}))\s*""")
 
 
