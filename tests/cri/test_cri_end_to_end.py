@@ -246,7 +246,7 @@ def test_a_repeated_create_is_the_same_container(client: Client) -> None:
 
 
 @pytest.mark.parametrize("handler", ["crun", "runc"])
-@pytest.mark.parametrize("patience", [0.001, 0.01, 0.04, 0.12])
+@pytest.mark.parametrize("patience", [0.001, 0.008, 0.02, 0.12])
 def test_a_client_that_gives_up_at_every_step_only_has_to_ask_again(
     client: Client, handler: str, patience: float
 ) -> None:
@@ -284,7 +284,7 @@ def test_a_client_that_gives_up_at_every_step_only_has_to_ask_again(
     insist(runtime.StopPodSandbox, pb.StopPodSandboxRequest(pod_sandbox_id=pod_id))
     insist(runtime.RemovePodSandbox, pb.RemovePodSandboxRequest(pod_sandbox_id=pod_id))
     assert not runtime.ListPodSandbox(pb.ListPodSandboxRequest(), timeout=20).items
-    assert given_up or patience > 0.1
+    assert given_up or patience > 0.01
 
 
 @pytest.mark.parametrize("patience", [0.02, 0.15])

@@ -30,6 +30,7 @@ class Node:
     _host: HostInfo | None = None
     _idmap: IdmapSupport | None = None
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _open: bool = False
 
     async def host(self, timeout: float = SHORT) -> HostInfo:
         """The host's facts. Raises RemoteError if the supervisor does not answer."""
@@ -51,8 +52,14 @@ class Node:
     def reload(self, settings: CriSettings) -> None:
         """The configuration changed; the facts of the host may name other runtimes."""
         self.settings = settings
-        self.plugins.reload(settings)
+        if self._open:
+            self.plugins.reload(settings)
         self._host = self._idmap = None
+
+    def open_to_plugins(self) -> None:
+        """The state is whole, plugins may be told of it. Newer settings may have come before."""
+        self._open = True
+        self.plugins.reload(self.settings)
 
     def runtime(self, handler: str) -> Runtime:
         """The configured runtime of a CRI runtime handler, "" being the default one.

@@ -115,7 +115,7 @@ class Pulls:
         return 0 if job is None else min(job.bytes_done, layer.size)
 
     async def changed(self, timeout: float) -> None:
-        """Wait until a pull begins or ends, at most `timeout` seconds."""
+        """Wait until a pull begins, knows its layers or ends, at most `timeout` seconds."""
         try:
             await asyncio.wait_for(self._changed.wait(), timeout)
         except TimeoutError:
@@ -179,6 +179,7 @@ class Pulls:
 
     async def _store(self, pull: Pull, resolved: Resolved, auth: Auth | None) -> str:
         pull.layers, pull.sizes = resolved.layers, {}
+        self._note_change()
         await self._fetch_layers(pull, resolved, auth)
         names = [resolved.name] if resolved.name else []
         record = storage.ImageRecord(
