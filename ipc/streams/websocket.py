@@ -2,7 +2,8 @@
 
 WebSocket messages as channels: the first byte (or, in the base64 forms, the first character) of a message is
 the channel, the rest its bytes. Messages are handed on piece by piece, none is ever stored. v5.channel.k8s.io
-adds the half-close of a channel: a binary message of 0xFF and the channel.
+adds the half-close of a channel: a binary message of 0xFF and the channel. In a tunnel there are no channels:
+the messages, one after the other, are the bytes of a connection of another protocol.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 CLOSE_CHANNEL = 0xFF
+TUNNEL = "SPDY/3.1+portforward.k8s.io"  # the subprotocol of a tunnel
+TUNNELLED = 0  # the channel that its bytes are told as
 _ZERO = ord("0")
 
 
@@ -57,6 +60,7 @@ class Connection:
     def __init__(self, protocol: str, frames: Frames | None = None) -> None:
         self._base64 = "base64." in protocol
         self._half_close = protocol.startswith("v5.")
+        self._tunnel = protocol == TUNNEL
         self._frames = frames or Frames(ConnectionType.SERVER)
         self._out: list[bytes] = []
         self._channel: int | None = None  # of the message that is coming in
@@ -102,6 +106,8 @@ class Connection:
         return found
 
     def _binary(self, raw: bytes) -> list[Event]:
+        if self._tunnel:
+            return [Data(TUNNELLED, raw)] if raw else []
         if self._channel is None:
             if not raw:
                 return []
@@ -140,7 +146,7 @@ class Connection:
         if self._base64:
             message = TextMessage(data=chr(_ZERO + channel) + base64.b64encode(data).decode())
         else:
-            message = BytesMessage(data=bytes((channel,)) + data)
+            message = BytesMessage(data=data if self._tunnel else bytes((channel,)) + data)
         if self._frames.state is ConnectionState.OPEN:
             self._out.append(self._frames.send(message))
 

@@ -184,6 +184,41 @@ class SpdyClient:
         self._wire.write(self._connection.output())
 
 
+class TunnelledClient(SpdyClient):
+    """The same, the whole SPDY connection in the messages of a WebSocket."""
+
+    def __init__(self, wire: Wire, max_streams: int, timeout: float, on_pair: OnPair) -> None:
+        super().__init__(wire, max_streams, timeout, on_pair)
+        self._tunnel = websocket.Connection(websocket.TUNNEL)
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes of the client."""
+        try:
+            for event in self._tunnel.receive(data):
+                self._unwrapped(event)
+        except websocket.ProtocolError:
+            self._tunnel.close(broken=True)
+            self._wire.abort_soon()
+        self._wire.write(self._tunnel.output())
+
+    def _unwrapped(self, event: websocket.Event) -> None:
+        match event:
+            case websocket.Data(_, data):
+                super().receive(data)
+            case websocket.Closed():
+                self._wire.abort_soon()
+
+    def goodbye(self) -> None:
+        super().goodbye()
+        self._tunnel.close()
+        self._wire.write(self._tunnel.output())
+
+    def _flush(self) -> None:
+        if data := b"".join(self._connection.output()):
+            self._tunnel.send(websocket.TUNNELLED, data)
+            self._wire.write(self._tunnel.output())
+
+
 class WebSocketClient:
     """One connection for each port asked for, on channels 2i (data) and 2i+1 (error)."""
 

@@ -24,6 +24,7 @@ from ipc.fds import FdSet
 from ipc.messages.cri import Redeemed
 from ipc.messages.monitor import SessionEnd, SessionOpened
 from ipc.settings import StreamSettings
+from ipc.streams.websocket import TUNNEL
 from workers.stream import clients, portforward, remotecommand
 from workers.stream.descriptors import Sink, Source
 from workers.stream.remotecommand import STDIN, STDOUT, Outcome, Wanted
@@ -240,9 +241,11 @@ class PortForward:
 
     def _connected(self) -> portforward.SpdyClient | portforward.WebSocketClient:
         settings = self._settings
+        most, timeout = settings.max_streams, settings.creation_timeout
         if self._agreed.transport == SPDY:
-            most, timeout = settings.max_streams, settings.creation_timeout
             return portforward.SpdyClient(self._wire, most, timeout, self._pair)
+        if self._agreed.protocol == TUNNEL:
+            return portforward.TunnelledClient(self._wire, most, timeout, self._pair)
         ports = self._redeemed.ports[: min(128, settings.max_streams // 2)]
         return portforward.WebSocketClient(self._wire, self._agreed.protocol, ports, self._pair)
 

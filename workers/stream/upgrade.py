@@ -17,6 +17,8 @@ from urllib.parse import parse_qsl
 import h11
 from wsproto.utilities import generate_accept_token
 
+from ipc.streams.websocket import TUNNEL
+
 HEAD_LIMIT = 16 * 1024  # bytes of request line and header fields together
 STREAM_PROTOCOL = "x-stream-protocol-version"
 ACCEPTED_PROTOCOLS = "X-Accepted-Stream-Protocol-Versions"
@@ -42,7 +44,7 @@ PROTOCOLS: dict[tuple[str, str], tuple[str, ...]] = {
     (SPDY, "portforward"): ("portforward.k8s.io",),
     (WEBSOCKET, "exec"): _REMOTE_COMMAND_WEBSOCKET,
     (WEBSOCKET, "attach"): _REMOTE_COMMAND_WEBSOCKET,
-    (WEBSOCKET, "portforward"): ("", "v4.channel.k8s.io", "v4.base64.channel.k8s.io"),
+    (WEBSOCKET, "portforward"): ("", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", TUNNEL),
 }
 
 Fields = list[tuple[str, str]]

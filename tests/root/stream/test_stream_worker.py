@@ -257,12 +257,16 @@ def open_pair(client: Spdy, stream: int, request: int) -> None:
         client.sock.sendall(client.headers.syn_stream(stream + 2 * offset, headers))
 
 
-def test_many_half_closed_connections_go_through_one_spdy_connection(worker: Worker, echo: int) -> None:
+@pytest.mark.parametrize("tunnelled", [False, True])
+def test_many_half_closed_connections_go_through_one_spdy_connection(
+    worker: Worker, echo: int, tunnelled: bool
+) -> None:
     with worker.dial() as sock:
-        client = Spdy.connect(sock, worker.cri.token(forward(echo)), "portforward.k8s.io")
+        path = worker.cri.token(forward(echo))
+        client = Spdy.tunnelled(sock, path) if tunnelled else Spdy.connect(sock, path, "portforward.k8s.io")
         for number in range(20):
             open_pair(client, 4 * number + 1, number)
-            sock.sendall(data_frame(4 * number + 3, b"hello %d " % number, fin=True))
+            client.sock.sendall(data_frame(4 * number + 3, b"hello %d " % number, fin=True))
         while len(client.ended) < 40:
             client.frame()
         for number in range(20):
