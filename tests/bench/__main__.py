@@ -1,7 +1,7 @@
 """`make bench`: every figure of docs/figures.md from one run, with the peers in the same run. Prints a table.
 
 A benchmark, never a timed test: these machines are noisy, so medians and ratios count, and nothing fails.
-Names given as arguments choose a part: pods lifecycle exec log memory pull.
+Names given as arguments choose a part: pods lifecycle exec stream log memory pull.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from tests.bench.log import measure as log
 from tests.bench.memory import measure as memory
 from tests.bench.pods import measure as pods
 from tests.bench.pull import measure as pull
+from tests.bench.stream import measure as stream
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "pods": pods,
     "lifecycle": lifecycle,
     "exec": exec_,
+    "stream": stream,
     "log": log,
     "memory": memory,
     "pull": pull,

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench import containerd
+from tests.bench import beside, containerd
 from tests.bench.bare import BareNetwork, BareRuntime, unique
 from tests.bench.figures import Figure, at_most, timed
-from tests.bench.world import Pods, bench_cgroup, image_root, pause_image, spec_of
+from tests.bench.world import Pods, image_root, spec_of
 from tests.support import machine
 from tests.support.daemon import Node
-from tests.support.images import Served, served
-from tests.support.registry import push
 
 COUNT = int(os.environ.get("BENCH_PODS", "20"))
 WARM = 2
@@ -48,51 +45,12 @@ def measure() -> list[Figure]:
     """The sum of all steps, and each, against containerd; the sum against the floor."""
     machine.enter()
     figures: list[Figure] = []
-    with _both() as (ours, theirs, floors):
+    with beside.running() as both, _floors(both.node, both.ours("crun"), both.base) as floors:
         for runtime, bound in BOUNDS.items():
-            figures += _one_at_a_time(ours(runtime), theirs(runtime), floors[runtime], runtime, bound)
-            figures += _together(ours(runtime), theirs(runtime), runtime, bound)
+            ours, theirs = both.ours(runtime), both.theirs(runtime)
+            figures += _one_at_a_time(ours, theirs, floors[runtime], runtime, bound)
+            figures += _together(ours, theirs, runtime, bound)
     return figures
-
-
-Side = Callable[[str], Pods]
-
-
-@contextmanager
-def _both() -> Iterator[tuple[Side, Side, Mapping[str, Life]]]:
-    """Bulkhead and containerd with the image, and the floor of each runtime."""
-    with ExitStack() as stack:
-        images = stack.enter_context(served())
-        push(images.registry, "bench/pause", "1", pause_image())
-        base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bhbench-", dir="/tmp")))
-        stack.enter_context(bench_cgroup("/bulkhead-bench"))
-        node = stack.enter_context(
-            Node(registries=images.registries_conf, bridge="bhbench0", run_in_memory=True)
-        )
-        peer = stack.enter_context(_peer(node, images, base / "containerd"))
-        node.ctl("pull", images.busybox)
-        peer.pull([images.busybox, f"{images.address}/bench/pause:1"])
-
-        def side(of: Node | containerd.Containerd) -> Side:
-            return lambda runtime: Pods(of, images.busybox, handler=runtime, parent="/bulkhead-bench")
-
-        floors = stack.enter_context(_floors(node, side(node)("crun"), base))
-        yield side(node), side(peer), floors
-
-
-@contextmanager
-def _peer(node: Node, images: Served, base: Path) -> Iterator[containerd.Containerd]:
-    conflist = _conflist(node, "bhbench1", "10.215.0.0/16", base / "addresses")
-    with containerd.running(base, conflist, f"{images.address}/bench/pause:1") as peer:
-        yield peer
-    node.delete_link("bhbench1")
-
-
-def _conflist(node: Node, bridge: str, subnet: str, addresses: Path) -> dict[str, object]:
-    conflist = node.conflist(bridge)
-    ipam = conflist["plugins"][0]["ipam"]
-    ipam["dataDir"], ipam["ranges"] = str(addresses), [[{"subnet": subnet}]]
-    return conflist
 
 
 # -- lives ----------------------------------------------------------------------------------------------
@@ -191,7 +149,7 @@ def _floors(node: Node, pods: Pods, base: Path) -> Iterator[Mapping[str, Life]]:
     name = unique("model")
     pod = pods.run(name)
     like = spec_of(node, pods.create(pod, name, COMMAND))  # whose pod's files it mounts: it stays
-    plugins = _conflist(node, "bhbench2", "10.216.0.0/16", base / "addresses")["plugins"]
+    plugins = beside.conflist(node, "bhbench2", "10.216.0.0/16", base / "addresses")["plugins"]
     assert isinstance(plugins, list)
     network = BareNetwork(base, plugins, [])
     with image_root(base / "image") as rootfs:

@@ -35,6 +35,11 @@ class Pods:
         self._handler = handler
         self._parent = parent
 
+    @property
+    def runtime(self) -> api_pb2_grpc.RuntimeServiceStub:
+        """RuntimeService."""
+        return self._node.runtime
+
     def config(self, name: str) -> cri.PodSandboxConfig:
         """A pod's configuration."""
         return cri.PodSandboxConfig(
