@@ -21,7 +21,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help system system-vm system-packaging wheels deb rpm setup vm-image demo test bench test-unit test-root test-crash test-vm test-packaging test-fuzz lint proto lock clean
+.PHONY: help system system-vm system-packaging wheels deb rpm setup vm-image demo test bench test-unit test-root test-crash test-vm test-packaging test-fuzz test-soak lint proto lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -81,6 +81,9 @@ test-packaging: setup vm-image system-packaging wheels ## Packages, built and ta
 
 test-fuzz: setup ## Long fuzzing of what parses input from outside
 	@HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/fuzz
+
+test-soak: setup ## A day in an hour: 2,000 pods, and whether anything grows; draws docs/soak.png
+	@$(BIN)/python -m tests.soak
 
 bench: setup ## Figures, against the bare runtime and against Debian's peers
 	$(call install,$(BENCH_PACKAGES))
