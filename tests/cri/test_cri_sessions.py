@@ -63,10 +63,10 @@ def draining(node: Node) -> list[int]:
 class Forwarding:
     """A SPDY client of a port-forward: a pair of streams for each connection."""
 
-    def __init__(self, kubelet: Kubelet, pod: str) -> None:
+    def __init__(self, kubelet: Kubelet, pod: str, *, tunnelled: bool = False) -> None:
         request = pb.PortForwardRequest(pod_sandbox_id=pod)
-        url = kubelet.node.runtime.PortForward(request, timeout=10).url
-        self.client = Spdy.connect(*dial(url), protocol="portforward.k8s.io")
+        to = dial(kubelet.node.runtime.PortForward(request, timeout=10).url)
+        self.client = Spdy.tunnelled(*to) if tunnelled else Spdy.connect(*to, protocol="portforward.k8s.io")
         self.pairs = 0
 
     def open(self, port: int) -> tuple[int, int]:
@@ -136,6 +136,10 @@ def test_websocket_forwards_the_ports_of_the_request(kubelet: Kubelet) -> None:
     while not client.channels[0].endswith(b"there and back") or b"refused" not in client.channels[3]:
         client.frame()
     client.sock.close()
+    tunnel = Forwarding(kubelet, pod, tunnelled=True)
+    for text in (b"as kubectl", b"over WebSocket"):
+        tunnel.echo(tunnel.open(7000)[1], text)
+    tunnel.client.sock.close()
 
 
 def test_a_restart_of_the_worker_ends_no_session(kubelet: Kubelet) -> None:
@@ -288,10 +292,13 @@ def test_a_terminal_is_attached_resized_and_left(kubelet: Kubelet) -> None:
     client.send("stdin", b"x\n")
     heard(client, b"33 99")
     client.sock.close()
-    again = attached(kubelet, container, stdin=True, tty=True)
-    again.send("resize", b'{"Width":88,"Height":22}')
-    again.send("stdin", b"x\n")
-    heard(again, b"22 88")
+    request = pb.AttachRequest(container_id=container, stdin=True, stdout=True, tty=True)
+    url = kubelet.node.runtime.Attach(request, timeout=10).url
+    again = WebSocket.connect(*dial(url), protocol="v5.channel.k8s.io")
+    again.send(4, b'{"Width":88,"Height":22}')
+    again.send(0, b"x\n")
+    while b"22 88" not in again.channels[1]:
+        again.frame()
     again.sock.close()
     assert kubelet.status(container).state == pb.CONTAINER_RUNNING
 
