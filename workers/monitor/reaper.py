@@ -26,6 +26,7 @@ class Reaper:
         self._unclaimed: dict[int, int] = {}
         self._expecting = 0
         loop.on_signal(signal.SIGCHLD, self.reap)
+        loop.call_soon(self.reap)  # what ended before that was in place told nobody
 
     def claim(self, pid: int, ended: Ended) -> None:
         """Call `ended(code)` once, later, when child `pid` has ended, even if it has already."""

@@ -16,6 +16,8 @@ from ipc.errors import RemoteError
 from ipc.messages import monitor as messages
 from tests.support.monitor_process import MonitorProcess, busybox_root, children_of, monitor, until
 from workers.monitor import hand, lastact
+from workers.monitor.keeper import Keeper
+from workers.monitor.main import Monitor
 
 COUNTER = "trap 'exit 7' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -98,3 +100,19 @@ def test_a_container_ends_though_its_hand_never_says_its_last_word(
     os.kill(hand_of(mon, init), signal.SIGSTOP)
     record = mon.wait()
     assert (record.exit_code, mon.log_text()) == (3, b"over\n")
+
+
+def test_a_hand_that_ends_just_when_the_container_does_is_not_waited_for(
+    mon: MonitorProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Monitor.end
+
+    def late(self: Monitor, keeper: Keeper) -> None:
+        os.kill(keeper.hand_pid, signal.SIGKILL)
+        until(lambda: ") Z " in Path(f"/proc/{keeper.hand_pid}/stat").read_text())
+        original(self, keeper)
+
+    monkeypatch.setattr(Monitor, "end", late)
+    mon.run("sh", "-c", "sleep 0.3; exit 3")
+    mon.client()  # keeps the hand
+    assert mon.wait().exit_code == 3
