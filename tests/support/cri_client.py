@@ -100,9 +100,15 @@ class Client:
         self.node.runtime.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod_id), timeout=60)
 
     def log(self, container_id: str) -> list[str]:
-        """The messages of a container's log."""
-        path = Path(self.status(container_id).log_path)
-        return [line.split(" ", 3)[3] for line in path.read_text().splitlines()]
+        """The messages of a container's log; what came in parts (a terminal writes "\\r" first) is joined."""
+        messages, begun = [], b""
+        for line in Path(self.status(container_id).log_path).read_bytes().splitlines():
+            _time, _stream, tag, part = line.split(b" ", 3)
+            begun += part
+            if tag == b"F":
+                messages.append(begun.decode().removesuffix("\r"))
+                begun = b""
+        return messages
 
     def output(self, container_id: str, script: str) -> str:
         """What a shell script in a container prints; it must succeed."""
