@@ -51,7 +51,7 @@ from workers.monitor.link import (
 )
 from workers.monitor.log import LINE_LIMIT, Clock, LogFile, LoggedStream, Trouble
 from workers.monitor.oom import Followed, OomWatch
-from workers.monitor.stdio import READ_BYTES, waiting_bytes
+from workers.monitor.stdio import PIPE_BYTES, READ_BYTES, waiting_bytes
 
 REHEARSALS = 24  # after which CPython 3.11 has specialised what it will
 UNUSED = 600.0  # seconds that a keeper waits for its container
@@ -105,7 +105,7 @@ class Keeper:
         self.link, self.hands_link = socketpair(AF_UNIX, _LINK)
         set_wakeup_fd(self.hands_link.fileno())
         self._epoll = poller = epoll()
-        streams, link = self.streams, self.link.fileno()
+        streams, link, size = self.streams, self.link.fileno(), READ_BYTES
         poller.register(listener, EPOLLIN)
         poller.register(link, EPOLLIN)
         while not self.finished_ns:
@@ -113,11 +113,13 @@ class Keeper:
             for fd, _ in events:
                 if fd in streams:
                     try:
-                        chunk = read(fd, READ_BYTES)
+                        chunk = read(fd, size)
                     except BlockingIOError:
                         continue
                     except OSError:  # EIO: the last process left the terminal
                         chunk = b""
+                    # From who writes much, all that a pipe holds: faster, for memory that others need not.
+                    size = READ_BYTES if len(chunk) < READ_BYTES else PIPE_BYTES
                     self._log(fd, chunk)
                 elif fd == link:
                     self._obey()
