@@ -23,7 +23,7 @@ from workers.network import namespaces
 from workers.network.chain import Chain
 from workers.network.conflist import Network
 from workers.network.records import ADDING, READY, REMOVING, Record, Records
-from workers.network.results import PluginError, addresses
+from workers.network.results import PluginError, PluginTimeout, addresses
 
 T = TypeVar("T")
 
@@ -219,7 +219,16 @@ def _delete(places: Places, record: Record, lock_fd: int) -> None:
         return
     deadline = time.monotonic() + places.teardown_timeout
     chain = Chain(record.network, places.bin_dirs, deadline=deadline, lock_fd=lock_fd)
-    chain.delete(record, netns_gone=not namespaces.pinned(record.namespaces["net"]))
+    netns_gone = not namespaces.pinned(record.namespaces["net"])
+    try:
+        chain.delete(record, netns_gone=netns_gone)
+    except PluginError as error:
+        if record.result is not None or isinstance(error, PluginTimeout):
+            raise
+        # Of an ADD that was cut short: plugins stumble once over what they had not made yet, when the rest is
+        # already gone (bridge over its masquerading chain), and then find nothing left to do.
+        log.get().info("DEL of a half-made pod is repeated", pod=record.pod_id, why=error.text)
+        chain.delete(record, netns_gone=netns_gone)
 
 
 def _forget(places: Places, pod_id: str) -> None:

@@ -291,7 +291,9 @@ def test_a_worker_killed_in_the_middle_of_add_leaves_one_address_after_the_retry
     here.fake(
         "slow",
         PASS
-        + f"[ $CNI_COMMAND = ADD ] && {{ touch {here.root}/begun; sleep $(cat {here.root}/nap); }}; pass",
+        + f"[ $CNI_COMMAND = ADD ] && {{ touch {here.root}/begun; sleep $(cat {here.root}/nap); }}\n"
+        + f"[ $CNI_COMMAND = DEL ] && [ ! -e {here.root}/stumbled ] && touch {here.root}/stumbled && exit 1\n"
+        + "pass",
     )
     (here.root / "nap").write_text("600")
     plugins = [slow, here.bridge()] if order == "before" else [here.bridge(), slow]
@@ -305,6 +307,7 @@ def test_a_worker_killed_in_the_middle_of_add_leaves_one_address_after_the_retry
     here.start()
     caller.join(30)
     assert isinstance(result[0], network.PodNetwork), result  # the caller only waited longer
+    assert (here.root / "stumbled").exists()  # DEL of what was half made may fail once
     assert here.held_addresses() == result[0].ips
     assert len(here.links()) == 2  # the bridge and one veth
     client.call(network.PodTeardown(pod_id="pod0"))
