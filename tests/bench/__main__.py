@@ -1,7 +1,7 @@
 """`make bench`: every figure of docs/figures.md from one run, with the peers in the same run. Prints a table.
 
 A benchmark, never a timed test: these machines are noisy, so medians and ratios count, and nothing fails.
-Names given as arguments choose a part: pods lifecycle exec stream log memory pull.
+Names given as arguments choose a part: pods lifecycle exec stream log memory node pull.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests.bench.figures import Figure, show
 from tests.bench.lifecycle import measure as lifecycle
 from tests.bench.log import measure as log
 from tests.bench.memory import measure as memory
+from tests.bench.node import measure as node
 from tests.bench.pods import measure as pods
 from tests.bench.pull import measure as pull
 from tests.bench.stream import measure as stream
@@ -27,6 +28,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "stream": stream,
     "log": log,
     "memory": memory,
+    "node": node,
     "pull": pull,
 }
 
