@@ -19,7 +19,7 @@ from ipc.loop import Timer
 from ipc.messages.supervisor import WorkerState
 from ipc.settings import Common
 from supervisor.drains import states as draining
-from supervisor.policy import Policy, State, Verdict
+from supervisor.policy import Policy, Rules, State, Verdict
 from supervisor.sandbox.spec import Identity
 from supervisor.slow import Slow
 from supervisor.sockets import Sockets
@@ -266,6 +266,10 @@ class Kind:
         if entry != self.entry:
             self.entry = entry
             self._fill()
+
+    def reform(self, rules: Rules) -> None:
+        """Take other numbers of the restart policy; a wait that has begun ends as it was announced."""
+        self._policy.reform(rules)
 
     def dump(self, done: Callable[[list[str]], object]) -> None:
         """Ask every process where it is; `done` gets the lines of all stacks."""

@@ -63,6 +63,11 @@ class Policy:
         """Deaths that are not forgotten."""
         return self._streak
 
+    def reform(self, rules: Rules) -> None:
+        """Take other numbers; the past stays, judged by them from the next death on."""
+        self._deaths = deque(self._deaths, maxlen=rules.failed_deaths)
+        self._rules = rules
+
     def ready(self) -> None:
         """A worker said hello and its report is right."""
         self._ready_since = self._clock()

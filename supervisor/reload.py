@@ -19,7 +19,6 @@ FIXED = (
     "listen",
     "cgroup_manager",
     "users",
-    "restart",
     "ops",
     "nri",
     "grpc",  # given to the gRPC server when it is made

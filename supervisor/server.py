@@ -326,6 +326,7 @@ class Supervisor:
             self.probe.when_done(self._probed)
         for kind in self.kinds.values():
             kind.resize(_sized(kind.entry, config))
+            kind.reform(_rules(config))
             kind.reload(self._derivation.of(kind.entry.kind))
         self.log.info("configuration reloaded", changed=" ".join(change.taken) or "nothing")
         return ConfigReloaded(changed=change.taken, refused=change.refused)

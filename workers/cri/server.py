@@ -28,6 +28,8 @@ from workers.cri.metrics import RpcStats
 
 STATUS_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 MAX_MESSAGE = 3500  # characters of a status text: trailers share one 8 KiB header list
+#: Reasons why an image cannot be pulled that kubelets tell their users.
+KUBELET_WORDS = frozenset({"RegistryUnavailable", "SignatureValidationFailed"})
 #: RPCs that kubelets send every second; their success is logged only at debug level.
 QUIET = ("List", "Stream", "Status", "Version", "RuntimeConfig", "ImageFsInfo", "ImageStatus")
 #: Streams that last until somebody ends them.
@@ -296,5 +298,11 @@ async def unimplemented_stream(rpc: Rpc, request: Any) -> AsyncIterator[Any]:
 
 
 def status_of(error: RemoteError) -> grpc.StatusCode:
-    """The gRPC status of an error."""
+    """The gRPC status of an error.
+
+    Kubelets look for these words at the beginning of what PullImage says, and find them only in errors of
+    status UNKNOWN: before any other text they put the status.
+    """
+    if error.reason in KUBELET_WORDS:
+        return grpc.StatusCode.UNKNOWN
     return STATUS_BY_NUMBER[GRPC_STATUS[error.code]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from supervisor.policy import Policy, Rules, State
+from supervisor.policy import Policy, Rules, State, Verdict
 
 RULES = Rules(jitter=0.2)
 
@@ -134,3 +134,15 @@ def test_failed_means_exactly_so_many_deaths_within_the_window(gaps: list[float]
         deaths.append(clock.now)
         recent = [death for death in deaths if clock.now - death <= RULES.failed_window]
         assert (policy.died().state is State.FAILED) == (len(recent) >= RULES.failed_deaths)
+
+
+def test_other_numbers_hold_from_the_next_death_on_and_the_past_stays() -> None:
+    policy, clock = make(rules=Rules(failed_deaths=5))
+    for _ in range(3):
+        policy.died()
+        clock.now += 1.0
+    policy.reform(Rules(failed_deaths=4, slow_retry=7.0))
+    assert policy.died() == Verdict(State.FAILED, 7.0)
+    policy.pardon()
+    policy.reform(Rules(max_delay=1.5))
+    assert [policy.died().delay for _ in range(4)] == [0.0, 1.0, 1.5, 1.5]
