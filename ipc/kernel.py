@@ -7,6 +7,7 @@ This module and ipc/confine.py and supervisor/sandbox/ are the only ones that ma
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
 import struct
@@ -27,13 +28,17 @@ RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
 RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
 
 #: Numbers of calls that the C library has no function for. The same on x86_64 and aarch64 since 5.x.
-SYS_OPENAT2 = 437
+SYS_OPENAT2, SYS_PIDFD_GETFD = 437, 438
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
 
 #: The mount API of 5.2 and 5.12, numbered alike on every machine.
 SYS_OPEN_TREE, SYS_MOVE_MOUNT, SYS_MOUNT_SETATTR = 428, 429, 442
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH, _MOUNT_ATTR_IDMAP = 0x1, 0x4, 0x00100000
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+
+#: struct pidfd_info in its first version, and its bit for the exit status.
+_PIDFD_INFO_SIZE, _PIDFD_INFO_EXIT = 64, 1 << 3
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO_SIZE << 16 | 0xFF << 8 | 11
 
 #: struct __user_cap_header_struct: _LINUX_CAPABILITY_VERSION_3, this process.
 _CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)
@@ -137,6 +142,24 @@ def die_with_parent(signal_number: int, parent: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal_number)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def pidfd_exit_status(pidfd: int) -> int | None:
+    """The wait status of a process that has been reaped, by whomever; None while it has not, or where the
+    kernel cannot tell (PIDFD_GET_INFO with PIDFD_INFO_EXIT, since Linux 6.15)."""
+    info = bytearray(_PIDFD_INFO_SIZE)
+    struct.pack_into("=Q", info, 0, _PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    (mask,), (status,) = struct.unpack_from("=Q", info), struct.unpack_from("=i", info, _PIDFD_INFO_SIZE - 4)
+    return int(status) if mask & _PIDFD_INFO_EXIT else None
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): a duplicate of another process's descriptor, close-on-exec. Raises OSError."""
+    return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0, what="duplicate a descriptor of another process")
 
 
 def bare_prctl(option: int, arg2: int = 0) -> None:

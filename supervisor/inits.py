@@ -122,7 +122,7 @@ class Inits:
         """In the nursery."""
         self._program = podinit.filter_program()
 
-    def _live(self, words: Sequence[str], fds: tuple[int, int]) -> None:
+    def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:
         """In the nursery's child."""
         _, pod_id, user_namespace = words
         name = f"init {pod_id[:SHORT_ID]}"

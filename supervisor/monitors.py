@@ -1,8 +1,8 @@
 """Runs in: the supervisor.
 
-Has the monitor of a container forked (supervisor/nursery.py) and forgets it: from then on it belongs to
-nobody. Directory, lock and listening socket are made before the fork, so that whoever asked may connect as
-soon as he has the answer.
+Has the monitor of a container forked (supervisor/nursery.py); from then on it belongs to nobody, but one that
+dies has a successor (supervisor/succession.py). Directory, lock and listening socket are made before the
+fork, so that whoever asked may connect as soon as he has the answer.
 It owns `<run_root>/monitors/`, but for what a monitor writes into its own directory.
 """
 
@@ -22,12 +22,14 @@ from supervisor import held, spawn
 from supervisor.files import remove_tree
 from supervisor.nursery import Nursery
 from supervisor.sandbox.spec import Identity
+from supervisor.succession import Succession
 from supervisor.table import Entry
 from supervisor.tally import Tally, describe
 from supervisor.title import set_title
 from supervisor.worker import Ground
 
 SHORT_ID = 12
+SUCCESSOR = 4  # the word that makes one
 
 
 class Monitors:
@@ -53,6 +55,8 @@ class Monitors:
         self._nursery_settings = settings()
         self._nursery = nursery
         nursery.add("monitor", self._live, self._prepare)
+        self._succession = Succession(ground, self._root, self._fork_successor)
+        self.adopt = self._succession.adopt
 
     def start(self, container_id: str, pod_id: str) -> int:
         """Return the pid of the container's monitor, forked now if none lives.
@@ -67,6 +71,7 @@ class Monitors:
         os.chown(directory, 0, self._cri.gid)
         # cri, and nobody else, may reach ctl.sock; records made here are of its group, so that it reads them.
         os.chmod(directory, 0o2750)  # noqa: S103
+        self._ground.reaper.reap()  # the end of an earlier one is not that of the next
         lock_fd = held.acquire(directory)
         if lock_fd is None:
             return held.holder(directory)
@@ -80,18 +85,30 @@ class Monitors:
 
     def _fork(self, container_id: str, pod_id: str, directory: str, lock_fd: int) -> int:
         with channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid) as listener:
-            settings = self._settings()
-            if settings != self._nursery_settings:  # a reload changed them
-                self._nursery.close()
-                self._nursery_settings = settings
+            vault_fd = self._succession.begin(container_id, pod_id, listener.fileno())
             words = ["monitor", container_id, pod_id, directory]
-            pid = self._nursery.fork(words, (lock_fd, listener.fileno()))
+            return self._bear(words, (lock_fd, listener.fileno(), vault_fd))
+
+    def _fork_successor(
+        self, container_id: str, pod_id: str, directory: str, lock_fd: int, vault_fd: int
+    ) -> int:
+        words = ["monitor", container_id, pod_id, directory, "successor"]
+        return self._bear(words, (lock_fd, vault_fd, vault_fd))
+
+    def _bear(self, words: Sequence[str], fds: Sequence[int]) -> int:
+        settings = self._settings()
+        if settings != self._nursery_settings:  # a reload changed them
+            self._nursery.close()
+            self._nursery_settings = settings
+        pid = self._nursery.fork(words, fds)
+        container_id, lock_fd = words[1], fds[0]
         started = self._ground.loop.time()
         self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
         held.write_holder(lock_fd, pid)
         # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins.
         self._ground.loop.call_soon(lambda: self._place(pid))
-        self._ground.log.info("monitor started", container=container_id, pod=pod_id, pid_of=pid)
+        event = "monitor succeeded" if len(words) > SUCCESSOR else "monitor started"
+        self._ground.log.info(event, container=container_id, pod=words[2], pid_of=pid)
         return pid
 
     def _place(self, pid: int) -> None:
@@ -105,7 +122,7 @@ class Monitors:
         self._monitor_ground = self._module.prepare_process()
         self._run = self._module.run
 
-    def _live(self, words: Sequence[str], fds: tuple[int, int]) -> None:
+    def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:
         """A monitor's life, in the child."""
         set_title("bulkhead: monitor " + words[1][:SHORT_ID])
         self._run(self._context, words, fds, self._monitor_ground)
@@ -120,11 +137,13 @@ class Monitors:
     def _ended(self, container_id: str, pid: int, started: float, code: int) -> None:
         self._ground.sink.forget(pid)
         if code == 0:
+            self._succession.forget(container_id)
             self._ground.log.info("monitor ended", container=container_id, pid_of=pid)
             return
         sentence = describe(code, self._ground.loop.time() - started)
         self._tally.add("monitor", pid, f"{container_id}: {sentence}")
         self._ground.log.error("monitor died", container=container_id, pid_of=pid, how=sentence)
+        self._succession.died(container_id)
 
     def remove(self, container_id: str) -> None:
         """Remove the directory of a monitor that has ended; absent is success.
@@ -132,8 +151,10 @@ class Monitors:
         Raises RemoteError, OSError.
         """
         directory = self._directory(container_id)
+        self._ground.reaper.reap()  # one that has died and not been reaped is about to have a successor
         if held.is_held(directory):
             raise precondition(f"the monitor of container {container_id} lives")
+        self._succession.forget(container_id)
         remove_tree(directory)
 
     def states(self, container_id: str = "") -> list[MonitorState]:
@@ -144,7 +165,7 @@ class Monitors:
                 continue
             directory = f"{self._root}/{name}"
             alive = held.is_held(directory)
-            found.append(
-                MonitorState(container_id=name, alive=alive, pid=held.holder(directory) if alive else 0)
-            )
+            pid = held.holder(directory) if alive else 0
+            successions = self._succession.count(name)
+            found.append(MonitorState(container_id=name, alive=alive, pid=pid, successions=successions))
         return found

@@ -24,12 +24,11 @@ from supervisor.worker import Ground
 ANSWER_TIMEOUT = 10.0  # seconds; the supervisor waits for it
 WORDS_LIMIT = 4096
 _PID_LIMIT = 16
-_FDS = struct.Struct("2i")
-_ROOM = socket.CMSG_SPACE(_FDS.size)
+_ROOM = socket.CMSG_SPACE(3 * struct.calcsize("i"))
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
-#: What a child does, with the words and the two descriptors of its request.
-Life = Callable[[Sequence[str], tuple[int, int]], object]
+#: What a child does, with the words and the two or three descriptors of its request.
+Life = Callable[[Sequence[str], Sequence[int]], object]
 
 
 class Nursery:
@@ -50,20 +49,19 @@ class Nursery:
         self._lives[kind] = life
         self._prepares.append(prepare)
 
-    def fork(self, words: Sequence[str], fds: tuple[int, int]) -> int:
+    def fork(self, words: Sequence[str], fds: Sequence[int]) -> int:
         """Return the pid of a new child, whose kind is the first of the words. Raises OSError."""
         pid = self._ask(words, fds) or self._ask(words, fds)  # one that is dead gets a successor at once
         if not pid:
             raise OSError("two nurseries died over a request")
         return pid
 
-    def _ask(self, words: Sequence[str], fds: tuple[int, int]) -> int:
+    def _ask(self, words: Sequence[str], fds: Sequence[int]) -> int:
         """Return the pid; 0 if the nursery has died, and then no child was born: it would hold the socket."""
         sock = self._sock or self._open()
         try:
-            sock.sendmsg(
-                ["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FDS.pack(*fds))]
-            )
+            rights = struct.pack(f"{len(fds)}i", *fds)
+            sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             if not select.select([sock], [], [], ANSWER_TIMEOUT)[0]:
                 self.kill()
                 raise TimeoutError("the nursery does not answer")
@@ -132,12 +130,12 @@ def _nurse(
         data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
         if not data:
             return
-        fds = _FDS.unpack(ancillary[0][2])
+        fds = struct.unpack(f"{len(ancillary[0][2]) // 4}i", ancillary[0][2])
         pid = bare_fork()
         if pid:
             os.waitpid(pid, 0)
-            os.close(fds[0])
-            os.close(fds[1])
+            for fd in fds:
+                os.close(fd)
             continue
         status = spawn.BUG_STATUS
         try:

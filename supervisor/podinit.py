@@ -58,6 +58,7 @@ def launch(
         _enter(user_namespace)
         identity = Identity(0, 0)
     kernel.unshare(kernel.CLONE_NEWPID)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the kernel drops what a process 1 does not expect
     pid = kernel.bare_fork()
     if pid == 0:
         _first_process(title, identity, empty, program, lock_fd=lock_fd, link_fd=link_fd)
@@ -76,7 +77,6 @@ def _first_process(
     status = 1
     try:
         os.setsid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         set_title(title)
         opened = os.read(link_fd, 1) == b"\n"
         os.close(link_fd)

@@ -24,6 +24,8 @@ class Reaper:
     def __init__(self, loop: Loop, log: Log) -> None:
         self._log = log
         self._watched: dict[int, Ended] = {}
+        #: Told of those that were inherited: pid, code.
+        self.orphaned: Callable[[int, int], object] = lambda _pid, _code: None
         loop.on_signal(signal.SIGCHLD, self.reap)
 
     @staticmethod
@@ -42,6 +44,7 @@ class Reaper:
             ended = self._watched.pop(pid, None)
             if ended is None:
                 self._log.debug("orphan reaped", pid=pid, code=code)
+                self.orphaned(pid, code)
             else:
                 ended(code)
 

@@ -210,6 +210,7 @@ class Supervisor:
         for kind in self.kinds.values():
             kind.start()
         self.probe.start()
+        self.loop.call_soon(self.monitors.adopt)
         for sentence in self.groups.degraded:
             self.log.warning("degraded", lacks=sentence)
         self.probe.when_done(self._probed)
@@ -274,7 +275,11 @@ class Supervisor:
         for monitor in self.monitors.states():
             state = "ready" if monitor.alive else "ended"
             yield WorkerState(
-                kind="monitor", name=f"monitor {monitor.container_id}", state=state, pid=monitor.pid
+                kind="monitor",
+                name=f"monitor {monitor.container_id}",
+                state=state,
+                pid=monitor.pid,
+                restarts=monitor.successions,
             )
 
     def _dump(self) -> None:

@@ -44,6 +44,7 @@ class ContainerCount(Body):
     container: str
     oom_kills: int = 0
     log_bytes_dropped: int = 0
+    log_bytes_unsure: int = 0  # may be missing, at most: monitors died
 
 
 class CriInfo(Body):
@@ -61,6 +62,7 @@ class CriInfo(Body):
     counts: list[ContainerCount] = []  # containers of which there is nothing to tell are left out
     oom_kills: int = 0  # of all containers there ever were, since this cri began
     log_bytes_dropped: int = 0  # as oom_kills
+    log_bytes_unsure: int = 0  # as oom_kills
     events_sent: int = 0
     events_dropped: int = 0
     event_clients: int = 0

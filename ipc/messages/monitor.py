@@ -19,6 +19,7 @@ class ExitRecord(Body):
     finished_at_ns: int = 0
     reason: str = ""  # "OOMKilled", "Completed", "Error", or "" to be derived
     message: str = ""
+    log_bytes_unsure: int = 0  # output that may be missing in the log, at most: a monitor died meanwhile
 
 
 class Created(Body):
@@ -118,6 +119,7 @@ class State(Body):
     exit: ExitRecord | None = None
     log_bytes: int = 0
     log_bytes_dropped: int = 0
+    log_bytes_unsure: int = 0  # as ExitRecord has it
     execs: int = 0
     starting: bool = False  # the runtime's `start` is on its way; `status` is still "created"
 

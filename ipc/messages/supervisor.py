@@ -37,6 +37,7 @@ class MonitorState(Body):
     container_id: str
     alive: bool
     pid: int = 0
+    successions: int = 0  # how often its monitor was replaced, as far as this supervisor knows
 
 
 class MonitorsListed(Body):

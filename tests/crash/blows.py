@@ -21,7 +21,7 @@ from tests.support.daemon import alive, wait_for
 from tests.support.faults import CHANGES, Strace
 
 STEPS = f"{CHANGES},sendmsg,recvmsg,clone,unshare,setns,wait4,waitid,pidfd_send_signal"
-FRONT = ("cri", "supervisor")
+FRONT = ("cri", "supervisor", "monitor")  # whose deaths a client may notice, and then tries again
 STOP_SECONDS = 10.0
 
 
@@ -50,8 +50,12 @@ class Tally:
         self.blows[blow.signal.name] = self.blows.get(blow.signal.name, 0) + 1
 
 
-def victim_pid(world: World, kind: str) -> int:
-    """The process that is struck."""
+def victim_pid(world: World, kind: str, subject: str) -> int:
+    """The process that is struck; of the monitors, that of the operation's container or the witness's."""
+    if kind == "monitor":
+        container = ([*subject.split(), "", "", ""][2]) or world.witness
+        lock = world.node.run_root / "monitors" / container / "lock"
+        return int(lock.read_text().split()[0])
     if kind == "supervisor":
         assert world.node.daemon is not None
         return world.node.daemon.pid
@@ -62,7 +66,7 @@ def steps_of(world: World, operation: Operation, victim: str) -> list[tuple[str,
     """The steps that the victim takes in an operation that nobody disturbs."""
     subject = operation.prepare(world)
     world.wake(victim)
-    with Strace(victim_pid(world, victim), calls=STEPS, follow=False) as strace:
+    with Strace(victim_pid(world, victim, subject), calls=STEPS, follow=False) as strace:
         result = operation.act(world, subject)
     operation.check(world, subject, result)
     operation.undo(world, subject, result)
@@ -74,7 +78,7 @@ def strike(world: World, operation: Operation, blow: Blow, stop_seconds: float =
     """Do the operation, strike, look whether everything is as it must be. True if the blow went home."""
     subject = operation.prepare(world)
     world.wake(blow.victim)
-    pid = victim_pid(world, blow.victim)
+    pid = victim_pid(world, blow.victim, subject)
     with ThreadPoolExecutor(1) as pool:
         with _at_its_step(blow, pid):
             acting = pool.submit(_act, world, operation, subject, blow)
@@ -104,7 +108,7 @@ def _at_its_step(blow: Blow, pid: int) -> Iterator[None]:
 
 
 def _act(world: World, operation: Operation, subject: str, blow: Blow) -> object:
-    """A leaf's death is invisible to clients; those of cri and the supervisor make a kubelet try again."""
+    """A leaf's death is invisible to clients; those of FRONT make a kubelet try again."""
     if blow.victim in FRONT:
         return world.patient(lambda: operation.act(world, subject), 60)
     return operation.act(world, subject)

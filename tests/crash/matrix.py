@@ -22,7 +22,7 @@ from tests.support import machine
 from tests.support.daemon import Node
 from tests.support.images import served
 
-VICTIMS = ("image", "storage", "network", "ops", "stream", "cri", "supervisor")
+VICTIMS = ("image", "storage", "network", "ops", "stream", "monitor", "cri", "supervisor")
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 CONFIG = "[restart]\nfailed_deaths = 10000\nmax_delay = 1.0\nreset_after = 1.0\n[timeouts]\nping = 1.0\n"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recovery.md"

@@ -24,10 +24,10 @@ def prepare_process() -> None:
 
 
 def run(
-    make_context: Callable[[str], Any], names: Sequence[str], fds: tuple[int, int], ground: None = None
+    make_context: Callable[[str], Any], names: Sequence[str], fds: Sequence[int], ground: None = None
 ) -> None:
-    _, container_id, pod_id, directory = names
-    lock_fd, listener_fd = fds
+    _, container_id, pod_id, directory, *_ = names
+    lock_fd, listener_fd, *_ = fds
     context = make_context(container_id)
     loop = Loop()
     listener = socket.socket(fileno=listener_fd)

@@ -71,7 +71,7 @@ def run(run_root: str, ids: list[str]) -> None:
     def prepare() -> None:
         grounds.append(main.prepare_process())
 
-    def live(words: Sequence[str], fds: tuple[int, int]) -> None:
+    def live(words: Sequence[str], fds: Sequence[int]) -> None:
         main.run(make_context, words, fds, grounds[0])
 
     grounds: list[Any] = []

@@ -29,7 +29,8 @@ class Counts:
         self._node = node
         self._stats = stats
         self._dropped: dict[str, int] = {}
-        self.dropped_total = 0
+        self._unsure: dict[str, int] = {}
+        self.dropped_total = self.unsure_total = 0
         self._asked = -PERIOD
 
     def all(self) -> list[ContainerCount]:
@@ -39,20 +40,23 @@ class Counts:
         found: dict[tuple[str, str, str], ContainerCount] = {}
         for container in store.containers.values():
             ooms, dropped = self._stats.look_for_oom(container), self._dropped.get(container.id, 0)
+            unsure = self._unsure.get(container.id, 0)
             pod = store.pods.get(container.record.pod_id)
-            if pod is not None and (ooms or dropped):
+            if pod is not None and (ooms or dropped or unsure):
                 meta = pod.config.metadata
                 own = container.config.metadata.name
                 fresh = ContainerCount(namespace=meta.namespace, pod=meta.name, container=own)
                 count = found.setdefault((meta.namespace, meta.name, own), fresh)
                 count.oom_kills += ooms
                 count.log_bytes_dropped += dropped
+                count.log_bytes_unsure += unsure
         return list(found.values())
 
     def changed(self, subject: Pod | Container, *, gone: bool) -> None:
         """Told by the store."""
         if gone:
             self._dropped.pop(subject.id, None)
+            self._unsure.pop(subject.id, None)
 
     def _ask_again(self) -> None:
         if time.monotonic() - self._asked >= PERIOD:
@@ -77,7 +81,14 @@ class Counts:
         except RemoteError as error:
             log.get().debug("a monitor does not tell its counts", container=container.id, text=error.text)
             return
-        if told.log_bytes_dropped and container.id in self._node.store.containers:
-            before = self._dropped.get(container.id, 0)
-            self._dropped[container.id] = told.log_bytes_dropped
-            self.dropped_total += max(0, told.log_bytes_dropped - before)
+        if container.id in self._node.store.containers:
+            self.dropped_total += _grown(self._dropped, container.id, told.log_bytes_dropped)
+            self.unsure_total += _grown(self._unsure, container.id, told.log_bytes_unsure)
+
+
+def _grown(known: dict[str, int], container_id: str, told: int) -> int:
+    """Note a count; return by how much it has grown."""
+    before = known.get(container_id, 0)
+    if told:
+        known[container_id] = told
+    return max(0, told - before)

@@ -266,6 +266,7 @@ class Service:
             counts=observing.counts.all(),
             oom_kills=observing.stats.oom_total,
             log_bytes_dropped=observing.counts.dropped_total,
+            log_bytes_unsure=observing.counts.unsure_total,
             events_sent=observing.events.sent,
             events_dropped=observing.events.dropped,
             event_clients=len(observing.events.clients),

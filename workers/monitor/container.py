@@ -570,6 +570,7 @@ class Container:
             exit=self._record,
             log_bytes=written,
             log_bytes_dropped=dropped,
+            log_bytes_unsure=self._state.log_bytes_unsure if self._state is not None else 0,
             execs=len(self._execs),
             starting=self.status is Status.STARTING,
         )

@@ -20,6 +20,7 @@ import msgspec
 from ipc.fds import close_all
 from ipc.loop import Loop
 from ipc.messages.monitor import ExitRecord
+from workers.monitor import heir
 from workers.monitor import link as k
 from workers.monitor.container import Container
 from workers.monitor.link import Taken
@@ -33,8 +34,9 @@ PATIENCE = 20  # seconds that its loop may stand still (a path on a dead mount, 
 class KeeperLink:
     """The keeper, from a hand."""
 
-    def __init__(self, loop: Loop, sock: _socket.socket) -> None:
+    def __init__(self, loop: Loop, sock: _socket.socket, vault_fd: int) -> None:
         self.over = False
+        self._vault_fd = vault_fd
         self._loop = loop
         self._sock = sock
         self._asked: deque[Callable[[bytes, list[int]], object]] = deque()
@@ -78,6 +80,8 @@ class KeeperLink:
 
     def take(self, what: Taken, fds: list[int]) -> None:
         """As Link has it."""
+        if self._vault_fd >= 0:
+            heir.deposit(self._vault_fd, what, fds)
         *numbers, memory = what
         self._say(k.TAKE + k.TAKEN.pack(*numbers) + memory.encode(), fds)
 
@@ -108,6 +112,8 @@ class KeeperLink:
     def shut_stdin(self) -> None:
         """As Link has it."""
         self._say(k.SHUT, [])
+        if self._vault_fd >= 0:
+            heir.without_stdin(self._vault_fd)
 
     def go(self) -> None:
         """As Link has it."""

@@ -72,7 +72,7 @@ class Keeper:
     __slots__ = (
         "_early", "_epoll", "_hand", "_ready", "code", "feed", "file", "finished_ns", "hand_pid",
         "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd",
-        "streams", "taken",
+        "streams", "taken", "vault",
     )  # fmt: skip
 
     def __init__(self, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
@@ -90,15 +90,16 @@ class Keeper:
         self.leaving = False
         self.listener = -1
         self.feed = -1  # where output goes too, while anybody is attached
+        self.vault = -1  # what a successor would need (ipc/vault.py); hands fill it
         self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
         clock = Clock()
         self._ready = [LoggedStream(name, clock, self.file) for name in ("stdout", "stderr")]
         self._hand = hand
 
-    def keep(self, listener: int) -> bool:
+    def keep(self, listener: int, inherit: Callable[[], object] | None = None) -> bool:
         """Keep until the container's init has ended: True; False if there is nothing to be kept.
 
-        Raises OSError while it makes what is this process's own.
+        `inherit` takes up what a keeper had that died. Raises OSError while it makes what is its own.
         """
         self.listener = listener
         # The C type: the class above it costs a quarter of what the keeper may have.
@@ -108,6 +109,8 @@ class Keeper:
         streams, link, size = self.streams, self.link.fileno(), READ_BYTES
         poller.register(listener, EPOLLIN)
         poller.register(link, EPOLLIN)
+        if inherit is not None:
+            inherit()
         while not self.finished_ns:
             events = poller.poll(-1 if self.taken else UNUSED)
             for fd, _ in events:
@@ -186,7 +189,7 @@ class Keeper:
         if kind == ENDED_CHILD:
             self._reap()
         elif kind == TAKE:
-            self._take(data, fds)
+            self.take(data, fds)
         elif kind == REOPEN:
             self.file.replace(fds[0])
             self.answer()
@@ -240,7 +243,7 @@ class Keeper:
         with contextlib.suppress(BlockingIOError):
             self.link.send(ANSWER + data)
 
-    def _take(self, data: bytes, fds: list[int]) -> None:
+    def take(self, data: bytes, fds: list[int]) -> None:
         """A container was created: its descriptors, its init, the memory group that is to be followed."""
         pid, kin, stdin, log, oom, oom_fds, others = TAKEN.unpack(data[: TAKEN.size])
         if log:

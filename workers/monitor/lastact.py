@@ -17,8 +17,8 @@ import msgspec
 
 from ipc.loop import Loop
 from ipc.messages.monitor import ExitRecord
+from workers.monitor import heir, records
 from workers.monitor import link as k
-from workers.monitor import records
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
@@ -197,7 +197,10 @@ class LastAct:
     # -- the record -----------------------------------------------------------------------------------
 
     def _make_record(self, oom_kills: int) -> ExitRecord:
-        code = self._keeper.code
+        ended = records.read_exit(self._directory)
+        if ended is not None:  # by a keeper that died after it
+            return ended
+        code = self._code()
         told = UNKNOWN if code is None else exit_code(code)
         reason = records.exit_reason(told, oom_kills=oom_kills)
         message = "" if code is not None else "the exit code is unknown: the init was no child of the monitor"
@@ -213,7 +216,14 @@ class LastAct:
             finished_at_ns=self._keeper.finished_ns,
             reason=reason,
             message=message,
+            log_bytes_unsure=self._state.log_bytes_unsure,
         )
+
+    def _code(self) -> int | None:
+        keeper = self._keeper
+        if keeper.code is None:
+            keeper.code = heir.exit_status(keeper.init_fd, self._state.pid, self._directory)
+        return keeper.code
 
     def _tell(self, record: ExitRecord) -> None:
         self._record = record

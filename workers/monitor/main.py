@@ -28,7 +28,7 @@ from ipc.messages import monitor as messages
 from ipc.serve import Call, Server
 from ipc.settings import MonitorSettings
 from ipc.table import ROOT, Handler, Handlers, table
-from workers.monitor import hand
+from workers.monitor import hand, heir
 from workers.monitor.container import Container
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.lastact import LastAct
@@ -193,22 +193,28 @@ def prepare_process(*, rehearsed: bool = True) -> Ground:
 def run(
     make_context: Callable[[str], Context],
     names: Sequence[str],
-    fds: tuple[int, int],
+    fds: Sequence[int],
     ground: Ground | None = None,
 ) -> None:
-    """A monitor's life. `names`: its kind, container, pod, directory.
+    """A monitor's life. `names`: its kind, container, pod, directory; and more, if it succeeds one that died.
 
     `fds`: the directory's lock, close-on-exec, held to the end, which is how others see that it lives; the
-    listening socket. `make_context` gets the container's id; it is called where it is needed, not in a
-    keeper.
+    listening socket, which a successor has in its vault; the vault, if there is one. `make_context` gets the
+    container's id; it is called where it is needed, not in a keeper.
     `ground`: what `prepare_process` returned in the process that forked this one.
     """
     ground = ground or prepare_process(rehearsed=False)
     bare_prctl(PR_SET_CHILD_SUBREAPER, 1)
     monitor, keeper = ground.monitor, ground.keeper
     monitor.make_context = make_context
-    monitor.names = names
-    if keeper.keep(fds[1]):
+    monitor.names = names[:4]
+    inherit = None
+    keeper.listener = fds[1]
+    if len(fds) > 2:
+        keeper.vault = fds[2]
+    if len(names) > 4:
+        inherit = heir.inheritance(keeper, names[3])
+    if keeper.keep(keeper.listener, inherit):
         monitor.end(keeper)
 
 
@@ -256,9 +262,9 @@ class Monitor:
         kernel.die_with_parent(signal.SIGKILL, monitor_pid)
         signal.set_wakeup_fd(-1)
         log_fds = {sys.stderr.fileno(), self._context.log.fileno()}
-        hand.shed({self._listener.fileno(), keeper.hands_link.fileno(), *log_fds})
+        hand.shed({self._listener.fileno(), keeper.hands_link.fileno(), keeper.vault, *log_fds})
         loop = Loop()
-        link = hand.KeeperLink(loop, keeper.hands_link)
+        link = hand.KeeperLink(loop, keeper.hands_link, keeper.vault)
         container = self._container(loop, self._launcher(loop), link, monitor_pid)
         container.load()
         link.serve(container)

@@ -52,6 +52,8 @@ class StateRecord(Body):
     stdio_gid: int = 0
     terminal: bool = False
     stdin_once: bool = False
+    successions: int = 0  # how many monitors have died
+    log_bytes_unsure: int = 0  # output that may be missing in the log for that, at most
 
 
 def exit_reason(code: int, *, oom_kills: int) -> str:

@@ -101,6 +101,11 @@ CRI_COUNTERS: tuple[tuple[str, str, _OfCri], ...] = (
         "Bytes of containers' logs that could not be written.",
         lambda i: i.log_bytes_dropped,
     ),
+    (
+        "log_unsure_bytes",
+        "Bytes of containers' logs that may be missing since a monitor died, at most.",
+        lambda i: i.log_bytes_unsure,
+    ),
 )
 
 
@@ -175,6 +180,8 @@ def _of_containers(counts: list[ContainerCount]) -> Iterator[Metric]:
     yield _gauge("container_oom_kills", "Processes that were killed for memory.", labels, ooms)
     lost = [(name, one.log_bytes_dropped) for name, one in named]
     yield _gauge("container_log_dropped_bytes", "Bytes of the log that were not written.", labels, lost)
+    unsure = [(name, one.log_bytes_unsure) for name, one in named]
+    yield _gauge("container_log_unsure_bytes", "Bytes of the log that may be missing.", labels, unsure)
 
 
 def _known(values: Iterable[int | None]) -> float | None:

@@ -37,9 +37,14 @@ CRI = CriInfo(
     pulled_bytes=99,
     layers={"fetched": 3, "present": 1},
     operations=2,
-    counts=[ContainerCount(namespace="n", pod="p", container="c", oom_kills=2, log_bytes_dropped=7)],
+    counts=[
+        ContainerCount(
+            namespace="n", pod="p", container="c", oom_kills=2, log_bytes_dropped=7, log_bytes_unsure=5
+        )
+    ],
     oom_kills=3,
     log_bytes_dropped=8,
+    log_bytes_unsure=6,
     events_sent=6,
     events_dropped=5,
     event_clients=1,
@@ -89,8 +94,10 @@ def samples(snapshot: Snapshot) -> dict[str, float]:
         ("bulkhead_container_event_clients{}", 1),
         ("bulkhead_oom_kills_total{}", 3),
         ("bulkhead_log_dropped_bytes_total{}", 8),
+        ("bulkhead_log_unsure_bytes_total{}", 6),
         ("bulkhead_container_oom_kills{container=c,namespace=n,pod=p}", 2),
         ("bulkhead_container_log_dropped_bytes{container=c,namespace=n,pod=p}", 7),
+        ("bulkhead_container_log_unsure_bytes{container=c,namespace=n,pod=p}", 5),
         ("bulkhead_worker_queue_depth{kind=cri}", 4),
         ("bulkhead_process_open_descriptors{kind=cri}", 9),
         ("bulkhead_rpc_errors_total{rpc=RunPodSandbox}", 1),

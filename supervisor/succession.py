@@ -1,0 +1,201 @@
+"""Runs in: the supervisor.
+
+Monitors that die have successors. For each monitor the supervisor holds a vault (ipc/vault.py), in which the
+descriptors of the container lie: nothing that the container writes to is ever without a reader. It owns the
+vaults, and the codes of inits that it inherited and reaped (`reaped.json`); what a vault holds it does not
+know. A supervisor that is new gets duplicates of the vaults from the monitors that live.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ipc import kernel, vault
+from supervisor import held
+from supervisor.worker import Ground
+
+REAPED, STATE, EXIT = "reaped.json", "state.json", "exit.json"
+LOCK_PATIENCE = 0.02  # seconds until a lock is tried again that the dead one's last child holds
+SPELL, QUICK, SLOW = (
+    10.0,
+    3,
+    5.0,
+)  # after QUICK deaths within SPELL seconds the next successor comes SLOW later
+ORPHANS = 256  # whose codes are remembered: an init may be reaped before its monitor is
+
+#: Forks a successor: container, pod, directory, lock, vault. Raises OSError.
+Fork = Callable[[str, str, str, int, int], object]
+
+
+@dataclass
+class Ward:
+    """A container whose monitor has, or will have, successors."""
+
+    pod_id: str
+    vault_fd: int
+    pidfd: int = -1  # of a monitor that is no child of this supervisor
+    init_pid: int = 0  # known when a monitor has died
+    successions: int = 0
+    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=QUICK))
+
+
+class Succession:
+    """All wards."""
+
+    def __init__(self, ground: Ground, root: str, fork: Fork) -> None:
+        self._ground = ground
+        self._root = root
+        self._fork = fork
+        self._wards: dict[str, Ward] = {}
+        self._orphans: deque[tuple[int, int]] = deque(maxlen=ORPHANS)
+        ground.reaper.orphaned = self._orphan
+
+    # -- beginning and end ----------------------------------------------------------------------------
+
+    def begin(self, container_id: str, pod_id: str, listener_fd: int) -> int:
+        """Return the vault of a monitor that is about to be forked. Raises OSError."""
+        self.forget(container_id)
+        ward = self._wards[container_id] = Ward(pod_id, vault.make())
+        vault.put(ward.vault_fd, vault.LISTENER, fds=[listener_fd])
+        return ward.vault_fd
+
+    def forget(self, container_id: str) -> None:
+        """No monitor of this container will have a successor."""
+        ward = self._wards.pop(container_id, None)
+        if ward is not None:
+            os.close(ward.vault_fd)
+            self._unwatch(ward)
+
+    def count(self, container_id: str) -> int:
+        """How many of a container's monitors have died."""
+        ward = self._wards.get(container_id)
+        return ward.successions if ward else 0
+
+    def _unwatch(self, ward: Ward) -> None:
+        if ward.pidfd >= 0:
+            self._ground.loop.remove_reader(ward.pidfd)
+            os.close(ward.pidfd)
+            ward.pidfd = -1
+
+    # -- a death --------------------------------------------------------------------------------------
+
+    def died(self, container_id: str) -> None:
+        """A monitor has died: fork its successor, at once unless they die one after the other."""
+        ward = self._wards.get(container_id)
+        if ward is None:
+            return
+        now = self._ground.loop.time()
+        often = len(ward.deaths) == QUICK and now - ward.deaths[0] < SPELL
+        ward.deaths.append(now)
+        ward.successions += 1
+        self._note_init(container_id, ward)
+        if often:
+            self._ground.loop.call_later(SLOW, lambda: self._succeed(container_id, ward))
+        else:
+            self._succeed(container_id, ward)
+
+    def _succeed(self, container_id: str, ward: Ward) -> None:
+        if self._wards.get(container_id) is not ward:
+            return
+        directory = f"{self._root}/{container_id}"
+        try:
+            lock_fd = held.acquire(directory)
+            if lock_fd is None:
+                self._ground.loop.call_later(LOCK_PATIENCE, lambda: self._succeed(container_id, ward))
+                return
+            try:
+                self._fork(container_id, ward.pod_id, directory, lock_fd, ward.vault_fd)
+            finally:
+                os.close(lock_fd)
+        except OSError as error:
+            self._ground.log.error("no successor of a monitor", container=container_id, why=error)
+            self._ground.loop.call_later(SLOW, lambda: self._succeed(container_id, ward))
+
+    # -- inits ----------------------------------------------------------------------------------------
+
+    def _note_init(self, container_id: str, ward: Ward) -> None:
+        ward.init_pid = int(self._state(container_id).get("pid", 0))
+        for pid, code in self._orphans:
+            if pid == ward.init_pid:
+                self._write_reaped(container_id, pid, code)
+
+    def _orphan(self, pid: int, code: int) -> None:
+        """Somebody whom this process inherited has ended: perhaps the init of a container."""
+        self._orphans.append((pid, code))
+        for container_id, ward in self._wards.items():
+            if ward.init_pid == pid:
+                self._write_reaped(container_id, pid, code)
+
+    def _write_reaped(self, container_id: str, pid: int, code: int) -> None:
+        path = f"{self._root}/{container_id}/{REAPED}"
+        try:
+            with open(f"{path}.new", "w", encoding="ascii") as file:
+                json.dump({"pid": pid, "code": code}, file)
+            os.rename(f"{path}.new", path)
+        except OSError as error:
+            self._ground.log.error("exit code not written", container=container_id, code=code, why=error)
+
+    def _state(self, container_id: str) -> dict[str, Any]:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(f"{self._root}/{container_id}/{STATE}", "rb") as file,
+        ):
+            state = json.load(file)
+            return state if isinstance(state, dict) else {}
+        return {}
+
+    # -- monitors of an earlier supervisor --------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Take over the monitors that live, one a turn of the loop."""
+        self._adopt_next(held.names(self._root))
+
+    def _adopt_next(self, names: list[str]) -> None:
+        if not names:
+            return
+        if names[0] not in self._wards:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                self._adopt(names[0])
+        self._ground.loop.call_soon(lambda: self._adopt_next(names[1:]))
+
+    def _adopt(self, container_id: str) -> None:
+        pid = held.holder(f"{self._root}/{container_id}")
+        if not pid:
+            return
+        pidfd = os.pidfd_open(pid)
+        # The holder is asked again: before the pidfd was open, the number could have changed hands.
+        vault_fd = _find_vault(pidfd, pid) if held.holder(f"{self._root}/{container_id}") == pid else -1
+        if vault_fd < 0:
+            os.close(pidfd)
+            self._ground.log.warning("a monitor without a vault: it will have no successor", pid_of=pid)
+            return
+        pod_id = str(self._state(container_id).get("pod_id", "unknown"))
+        ward = self._wards[container_id] = Ward(pod_id, vault_fd, pidfd)
+        self._ground.loop.add_reader(pidfd, lambda: self._stranger_ended(container_id, ward))
+
+    def _stranger_ended(self, container_id: str, ward: Ward) -> None:
+        status = kernel.pidfd_exit_status(ward.pidfd)
+        self._unwatch(ward)
+        ended = os.path.lexists(f"{self._root}/{container_id}/{EXIT}")
+        if status == 0 or (status is None and ended):
+            self.forget(container_id)
+            return
+        self._ground.log.error("monitor died", container=container_id, status=status)
+        self.died(container_id)
+
+
+def _find_vault(pidfd: int, pid: int) -> int:
+    """Return a duplicate of a monitor's vault, -1 if it has none. Raises OSError."""
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+            fd = kernel.pidfd_getfd(pidfd, int(name))
+            if vault.is_one(fd):
+                return fd
+            os.close(fd)
+    return -1

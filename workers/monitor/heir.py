@@ -1,0 +1,159 @@
+"""Runs in: the monitor, in a keeper that follows one that died.
+
+The container lives; its descriptors lie in the vault (ipc/vault.py), all else stands in `state.json`. The
+successor takes them up, and what is not to be known any more it says: how much output may be missing, as a
+record in the log, in the state and in the exit record. The init is no child of it: its exit code comes from
+the kernel (a pidfd tells it since Linux 6.15) or from the supervisor, which inherits the init and reaps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ipc import kernel, vault
+from ipc.fds import close_all
+from workers.monitor import records
+from workers.monitor.link import CHILD, STRANGER, TAKEN, Taken
+from workers.monitor.records import StateRecord
+from workers.monitor.stdio import READ_BYTES, open_log
+
+if TYPE_CHECKING:
+    from workers.monitor.keeper import Keeper
+
+LINE_LIMIT = 16 * 1024  # a line begun, which the dead one may have held, beside what it had just read
+UNSURE = READ_BYTES + LINE_LIMIT
+REAPED = "reaped.json"
+CODE_PATIENCE = 3.0  # seconds until an exit code that nobody tells is unknown
+_POLL = 0.01
+
+
+def deposit(vault_fd: int, what: Taken, fds: list[int]) -> None:
+    """In a hand: what its keeper is given also goes into the vault, but for the log, which has a path, and
+    with a pidfd of the init in any case. `fds` stay the caller's. Raises OSError."""
+    kept = fds[1:] if what.log else list(fds)
+    pidfd = -1
+    if what.pid and what.kin == CHILD:
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(what.pid)
+            kept.insert(int(what.stdin), pidfd)
+    kin = STRANGER if pidfd >= 0 else what.kin
+    *numbers, memory = what._replace(log=False, kin=kin)
+    try:
+        vault.put(vault_fd, vault.TAKEN, TAKEN.pack(*numbers) + memory.encode(), kept)
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def without_stdin(vault_fd: int) -> None:
+    """In a hand: standard input is closed for good, and a duplicate would keep it open. Raises OSError."""
+
+    def change(kind: bytes, data: bytes, fds: list[int]) -> vault.Message:
+        if kind != vault.TAKEN:
+            return kind, data, fds
+        pid, kin, stdin, *numbers = TAKEN.unpack(data[: TAKEN.size])
+        packed = TAKEN.pack(pid, kin, False, *numbers) + data[TAKEN.size :]
+        return kind, packed, fds[1:] if stdin else fds
+
+    for _kind, _data, fds in vault.look(vault_fd, change):
+        close_all(fds)
+
+
+def inheritance(keeper: Keeper, directory: str) -> Callable[[], object] | None:
+    """Give a new keeper its socket; return what takes up the rest, None if there is nothing.
+
+    The vault has all of it still, for the next one. Raises OSError, msgspec.DecodeError.
+    """
+    taken: tuple[bytes, list[int]] | None = None
+    for kind, data, fds in vault.look(keeper.vault):
+        if kind == vault.LISTENER:
+            os.close(keeper.listener)
+            keeper.listener = fds[0]
+        elif kind == vault.TAKEN and taken is None:
+            taken = data, fds
+        else:
+            close_all(fds)
+    state = records.read_state(directory)
+    if taken is None or state is None:
+        return None
+    data, fds = taken
+    return lambda: _inherit(keeper, directory, state, data, fds)
+
+
+def _inherit(keeper: Keeper, directory: str, state: StateRecord, data: bytes, fds: list[int]) -> None:
+    ended = records.read_exit(directory) is not None
+    if not ended:
+        _take_up_log(keeper, state)
+        _note(directory, state, _outputs(data, fds))
+    keeper.take(data, fds)
+    if not ended:
+        _say_unsure(keeper)
+
+
+def _outputs(data: bytes, fds: list[int]) -> int:
+    """How many streams there are."""
+    what = Taken._make((*TAKEN.unpack(data[: TAKEN.size]), ""))
+    return len(fds) - int(what.stdin) - int(what.kin == STRANGER) - what.oom_fds
+
+
+def _take_up_log(keeper: Keeper, state: StateRecord) -> None:
+    if not state.log_path:
+        return
+    try:
+        fd = open_log(state.log_path)
+        _end_torn_record(fd, state.log_path)
+    except OSError as error:
+        keeper.file.trouble("a successor cannot open the log", error=error)
+        return
+    keeper.file.replace(fd)
+
+
+def _end_torn_record(fd: int, path: str) -> None:
+    """The dead one may have written half a record."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+            os.write(fd, b"\n")
+
+
+def _note(directory: str, state: StateRecord, streams: int) -> None:
+    """Write down that output may be missing. The keeper is alone: no hand writes the state now."""
+    unsure = state.log_bytes_unsure + UNSURE * streams
+    changed = msgspec.structs.replace(state, successions=state.successions + 1, log_bytes_unsure=unsure)
+    with contextlib.suppress(OSError):  # a full disk: the log says it
+        records.write_state(directory, changed)
+
+
+def _say_unsure(keeper: Keeper) -> None:
+    """A record in the log, where output may be missing."""
+    for stream in keeper.outputs:
+        text = f"[bulkhead] the container's monitor was replaced: up to {UNSURE} bytes may be missing here\n"
+        stream.take(text.encode(), False)
+
+
+def exit_status(init_fd: int, pid: int, directory: str) -> int | None:
+    """The code of an init that was no child of ours: -N for signal N, None if nobody can tell."""
+    end = time.monotonic() + CODE_PATIENCE
+    while time.monotonic() < end:
+        status = kernel.pidfd_exit_status(init_fd) if init_fd >= 0 else None
+        if status is not None:
+            return os.waitstatus_to_exitcode(status)
+        code = _reaped(pid, directory)
+        if code is not None:
+            return code
+        time.sleep(_POLL)
+    return None
+
+
+def _reaped(pid: int, directory: str) -> int | None:
+    """What the supervisor wrote down when it reaped the init."""
+    with contextlib.suppress(OSError, ValueError, KeyError), open(f"{directory}/{REAPED}", "rb") as file:
+        told = json.load(file)
+        return int(told["code"]) if told["pid"] == pid else None
+    return None
