@@ -76,6 +76,8 @@ class Monitors:
         if lock_fd is None:
             return held.holder(directory)
         try:
+            if self._succession.has(container_id):  # one died just now, and this is sooner than its turn
+                return self._succession.succeed(container_id, lock_fd)
             return self._fork(container_id, pod_id, directory, lock_fd)
         finally:
             os.close(lock_fd)

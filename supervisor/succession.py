@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,15 +23,12 @@ from supervisor.worker import Ground
 
 REAPED, STATE, EXIT = "reaped.json", "state.json", "exit.json"
 LOCK_PATIENCE = 0.02  # seconds until a lock is tried again that the dead one's last child holds
-SPELL, QUICK, SLOW = (
-    10.0,
-    3,
-    5.0,
-)  # after QUICK deaths within SPELL seconds the next successor comes SLOW later
+SPELL, QUICK = 10.0, 3  # after so many deaths within so many seconds
+SLOW = 5.0  # the next successor comes so many seconds later
 ORPHANS = 256  # whose codes are remembered: an init may be reaped before its monitor is
 
-#: Forks a successor: container, pod, directory, lock, vault. Raises OSError.
-Fork = Callable[[str, str, str, int, int], object]
+#: Forks a successor, returns its pid: container, pod, directory, lock, vault. Raises OSError.
+Fork = Callable[[str, str, str, int, int], int]
 
 
 @dataclass
@@ -41,6 +39,7 @@ class Ward:
     vault_fd: int
     pidfd: int = -1  # of a monitor that is no child of this supervisor
     init_pid: int = 0  # known when a monitor has died
+    bereft: bool = False  # its monitor has died, and there is no successor yet
     successions: int = 0
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=QUICK))
 
@@ -53,7 +52,7 @@ class Succession:
         self._root = root
         self._fork = fork
         self._wards: dict[str, Ward] = {}
-        self._orphans: deque[tuple[int, int]] = deque(maxlen=ORPHANS)
+        self._orphans: deque[tuple[int, int, int]] = deque(maxlen=ORPHANS)  # pid, code, when, in wall ns
         ground.reaper.orphaned = self._orphan
 
     # -- beginning and end ----------------------------------------------------------------------------
@@ -71,6 +70,10 @@ class Succession:
         if ward is not None:
             os.close(ward.vault_fd)
             self._unwatch(ward)
+
+    def has(self, container_id: str) -> bool:
+        """True if there is something to succeed to."""
+        return container_id in self._wards
 
     def count(self, container_id: str) -> int:
         """How many of a container's monitors have died."""
@@ -94,6 +97,7 @@ class Succession:
         often = len(ward.deaths) == QUICK and now - ward.deaths[0] < SPELL
         ward.deaths.append(now)
         ward.successions += 1
+        ward.bereft = True
         self._note_init(container_id, ward)
         if often:
             self._ground.loop.call_later(SLOW, lambda: self._succeed(container_id, ward))
@@ -101,38 +105,48 @@ class Succession:
             self._succeed(container_id, ward)
 
     def _succeed(self, container_id: str, ward: Ward) -> None:
-        if self._wards.get(container_id) is not ward:
+        if self._wards.get(container_id) is not ward or not ward.bereft:
             return
-        directory = f"{self._root}/{container_id}"
         try:
-            lock_fd = held.acquire(directory)
+            lock_fd = held.acquire(f"{self._root}/{container_id}")
             if lock_fd is None:
                 self._ground.loop.call_later(LOCK_PATIENCE, lambda: self._succeed(container_id, ward))
                 return
             try:
-                self._fork(container_id, ward.pod_id, directory, lock_fd, ward.vault_fd)
+                self.succeed(container_id, lock_fd)
             finally:
                 os.close(lock_fd)
         except OSError as error:
             self._ground.log.error("no successor of a monitor", container=container_id, why=error)
             self._ground.loop.call_later(SLOW, lambda: self._succeed(container_id, ward))
 
+    def succeed(self, container_id: str, lock_fd: int) -> int:
+        """Fork a successor now, with the lock of the one that died; return its pid. Raises OSError."""
+        ward = self._wards[container_id]
+        directory = f"{self._root}/{container_id}"
+        pid = self._fork(container_id, ward.pod_id, directory, lock_fd, ward.vault_fd)
+        ward.bereft = False
+        return pid
+
     # -- inits ----------------------------------------------------------------------------------------
 
     def _note_init(self, container_id: str, ward: Ward) -> None:
-        ward.init_pid = int(self._state(container_id).get("pid", 0))
-        for pid, code in self._orphans:
-            if pid == ward.init_pid:
-                self._write_reaped(container_id, pid, code)
+        state = self._state(container_id)
+        ward.init_pid = int(state.get("pid", 0))
+        for pid, code, when in list(self._orphans):
+            # One that was reaped before the container was made had the number before its init.
+            if pid == ward.init_pid and when > int(state.get("created_at_ns", 0)):
+                self._write_reaped(container_id, ward, code)
 
     def _orphan(self, pid: int, code: int) -> None:
         """Somebody whom this process inherited has ended: perhaps the init of a container."""
-        self._orphans.append((pid, code))
+        self._orphans.append((pid, code, time.time_ns()))
         for container_id, ward in self._wards.items():
             if ward.init_pid == pid:
-                self._write_reaped(container_id, pid, code)
+                self._write_reaped(container_id, ward, code)
 
-    def _write_reaped(self, container_id: str, pid: int, code: int) -> None:
+    def _write_reaped(self, container_id: str, ward: Ward, code: int) -> None:
+        pid, ward.init_pid = ward.init_pid, 0  # the number is anybody's now
         path = f"{self._root}/{container_id}/{REAPED}"
         try:
             with open(f"{path}.new", "w", encoding="ascii") as file:

@@ -15,8 +15,10 @@ from ipc.cri import api_pb2 as cri
 from tests.crash.crash_world import COUNTER, SLEEP, World
 from tests.crash.matrix import world_of_its_own
 from tests.support.daemon import alive, wait_for
+from workers.monitor.heir import UNSURE
 
 SUCCESSION_SECONDS = 0.1
+UNSURE_NOTE = f"up to {UNSURE} bytes may be missing".encode()
 FLOOD = "i=0; while [ $i -lt 200000 ]; do echo $i; i=$((i+1)); done; sleep 1000"
 
 
@@ -86,16 +88,19 @@ def exec_says(world: World, container: str) -> bytes:
 
 def test_a_successor_is_there_at_once_and_everything_goes_on(world: World) -> None:
     pid = world.witness_pid
-    took = sorted(behead(world, world.witness, number) for number in (signal.SIGKILL, signal.SIGSEGV))
-    assert took[0] < SUCCESSION_SECONDS
+    took = []
+    for deaths, number in enumerate((signal.SIGKILL, signal.SIGSEGV), 1):
+        took.append(behead(world, world.witness, number))
+        said = 2 * deaths
+        wait_for(lambda: len(notes_of(world)) == said, "each of two streams says it")  # noqa: B023 - at once
+    assert min(took) < SUCCESSION_SECONDS
     world.check_witness()  # the same process, every number once
     assert world.witness_pid == pid
     assert exec_says(world, world.witness) == b"hello\n"
-    wait_for(lambda: len(notes_of(world)) == 4, "each of two streams says it, twice")
     notes = notes_of(world)
-    assert all(line.split(b" ", 3)[2] == b"F" and b"81920 bytes may be missing" in line for line in notes)
+    assert all(line.split(b" ", 3)[2] == b"F" and UNSURE_NOTE in line for line in notes)
     state = json.loads((world.node.run_root / "monitors" / world.witness / "state.json").read_text())
-    assert (state["successions"], state["log_bytes_unsure"]) == (2, 4 * 81920)
+    assert (state["successions"], state["log_bytes_unsure"]) == (2, 4 * UNSURE)
     row = next(one for one in world.node.workers() if one.name == f"monitor {world.witness}")
     assert row.restarts == 2
 
@@ -112,7 +117,7 @@ def test_an_exit_code_is_exact_though_the_monitor_has_died(world: World, code: i
     assert found.exit_code == code
     assert found.finished_at - found.started_at > 400_000_000
     record = json.loads((world.node.run_root / "monitors" / container / "exit.json").read_text())
-    assert record["log_bytes_unsure"] == 2 * 81920
+    assert record["log_bytes_unsure"] == 2 * UNSURE
     remove(world, pod)
     wait_for(lambda: not [left for left in world.node.leftovers() if container in left], "nothing is left")
 
@@ -144,9 +149,9 @@ def test_a_flood_is_logged_in_order_and_what_is_missing_is_told(world: World) ->
     notes = sum(text.startswith(b"[bulkhead]") for text in texts)
     numbers = [int(text) for text in texts if text.isdigit()]
     missing = sum(len(f"{number}\n") for number in set(range(200_000)) - set(numbers))
-    assert notes == 3
+    assert 1 <= notes <= 3  # a successor that dies before it says so is spoken for by the next
     assert numbers == sorted(set(numbers))
-    assert missing <= notes * 81920
+    assert missing <= 3 * UNSURE
     remove(world, pod)
 
 

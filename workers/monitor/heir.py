@@ -22,13 +22,13 @@ from ipc.fds import close_all
 from workers.monitor import records
 from workers.monitor.link import CHILD, STRANGER, TAKEN, Taken
 from workers.monitor.records import StateRecord
-from workers.monitor.stdio import READ_BYTES, open_log
+from workers.monitor.stdio import PIPE_BYTES, open_log
 
 if TYPE_CHECKING:
     from workers.monitor.keeper import Keeper
 
 LINE_LIMIT = 16 * 1024  # a line begun, which the dead one may have held, beside what it had just read
-UNSURE = READ_BYTES + LINE_LIMIT
+UNSURE = PIPE_BYTES + LINE_LIMIT
 REAPED = "reaped.json"
 CODE_PATIENCE = 3.0  # seconds until an exit code that nobody tells is unknown
 _POLL = 0.01
@@ -76,10 +76,9 @@ def inheritance(keeper: Keeper, directory: str) -> Callable[[], object] | None:
         if kind == vault.LISTENER:
             os.close(keeper.listener)
             keeper.listener = fds[0]
-        elif kind == vault.TAKEN and taken is None:
+        elif kind == vault.TAKEN:  # the last counts: a hand that died may have left an earlier one
+            close_all(taken[1] if taken else [])
             taken = data, fds
-        else:
-            close_all(fds)
     state = records.read_state(directory)
     if taken is None or state is None:
         return None
