@@ -1,12 +1,14 @@
 """Runs in: storage, network (and forks from them).
 
-Short-lived children for what can take long or touches a path that a user or an image named: the worker's
-loop never blocks, and a hung mount costs one child. A child dies with its worker, leads a process group of
-its own that is killed whole, keeps only the descriptors it was given, and leaves through os._exit.
+Children for what can take long or touches a path that a user or an image named: the worker's loop never
+blocks, and a hung mount costs one child. A child dies with its worker, leads a process group of its own that
+is killed whole, keeps only the descriptors it was given, and leaves through os._exit.
 
-A worker that is at work may keep a spare child: forked after an answer, while nobody waits, and told the next
-job when there is one. A fork costs 2 ms of a request, most of them in pages that both sides then copy; and it
-costs 4 MB while it lives, so a worker that has nothing to do has no spare child.
+A fork costs 2 ms of a request, as much again when the child ends, and 4 MB while it lives. So a child whose
+job ended well may stay: it is told the next one, and ends when there is none for a while. What cannot be
+told (descriptors, functions inside functions) gets a child of its own, and so does whoever comes while all
+are busy. A child that refused a job, or stands elsewhere after it than before (namespaces, directory), does
+not stay.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import gc
 import os
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -29,87 +31,134 @@ from ipc.errors import Code, RemoteError
 from ipc.loop import Loop, Timer
 from ipc.messages import Body
 from ipc.serve import Call
-from workers import jobs_spare
+from workers import jobs_told
 
 Outcome = Any  # what the function returned (msgpack types), or RemoteError
 RESULT_LIMIT = 64 * 1024 * 1024
-SPARE_SECONDS = 30.0
+STAY_SECONDS = 5.0  # that a child without a job stays
+MOST_IDLE = 2  # children that stay at once
+MOST_JOBS = 200  # of one child: what it might lose each time is bounded
 SPARE = "spare"  # comm of a child that waits for a job
 _STEP_LIMIT, _TEXT_LIMIT = 16384, 2048  # bytes of a step's answer, characters of its error
+#: Before a result: its length, and whether the child stays.
+_HEAD = struct.Struct("<I?")
+_KINDS = ("mnt", "net", "ipc", "uts", "user", "pid_for_children")  # of namespaces
 
 
 class Job:
-    """One child at work. `on_done(outcome)` is called once, when it has ended and was reaped."""
+    """One piece of work in a child. `on_done(outcome)` is called once: when the child told it and stays, or
+    else when it has ended and was reaped."""
 
-    def __init__(
-        self, loop: Loop, pid: int, result_fd: int, name: str, on_done: Callable[[Outcome], object]
-    ) -> None:
-        self.pid = pid
-        self._loop = loop
-        self._fd = result_fd
-        self._data = bytearray()
-        self._code: int | None = None
-        self._why: RemoteError | None = None
-        self.begin(name, on_done)
-        os.set_blocking(result_fd, False)
-        loop.add_reader(result_fd, self._readable)
-        loop.watch_child(pid, self._ended)
-
-    def begin(self, name: str, on_done: Callable[[Outcome], object]) -> None:
-        """It is this job from now on."""
+    def __init__(self, child: _Child, name: str, on_done: Callable[[Outcome], object]) -> None:
+        self.pid = child.pid
         self.name = self.doing = name
+        self.finished = False
+        self._child = child
         self._on_done = on_done
-
-    @property
-    def finished(self) -> bool:
-        return self._code is not None
+        self._why: RemoteError | None = None
+        child.job = self
 
     def kill(self, why: RemoteError | None = None) -> None:
         """SIGKILL the child and its process group; `why` becomes the outcome."""
         if not self.finished:
             self._why = self._why or why
-            for kill in (os.killpg, os.kill):
-                with contextlib.suppress(ProcessLookupError):
-                    kill(self.pid, signal.SIGKILL)
+            self._child.kill()
+
+    def end(self, outcome: Outcome) -> None:
+        """It has this outcome (the child's word)."""
+        self.finished = True
+        self._on_done(self._why or outcome)
+
+
+class _Child:
+    """A forked process, seen from the worker. With `sock` it can be told jobs, and closing that ends it; it
+    has `shared` since its fork. `back` is called when it stays, `gone` when it has ended."""
+
+    def __init__(
+        self, loop: Loop, pid: int, result_fd: int, sock: socket.socket | None, shared: object
+    ) -> None:
+        self.pid = pid
+        self.shared = shared
+        self.job: Job | None = None
+        self.timer: Timer | None = None
+        self.back: Callable[[_Child], object] = _Child.dismiss
+        self.gone: Callable[[_Child], object] = _Child.dismiss
+        self._loop = loop
+        self._fd = result_fd
+        self._sock = sock
+        self._data = bytearray()
+        self._killed = False
+        os.set_blocking(result_fd, False)
+        loop.add_reader(result_fd, self._readable)
+        loop.watch_child(pid, self._ended)
+
+    def tell(self, packet: bytes) -> bool:
+        """Tell it a job; False if it has ended."""
+        assert self._sock is not None
+        if self.timer is not None:
+            self.timer.cancel()
+        try:
+            self._sock.send(packet)
+        except OSError:
+            return False
+        return True
+
+    def dismiss(self) -> None:
+        """It is to end when it has no job."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self._sock is not None:
+            self._sock.close()
+
+    def kill(self) -> None:
+        """SIGKILL it and its process group."""
+        self._killed = True
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
 
     def _readable(self) -> None:
+        self._read()
+        told = self._told()
+        if told is not None and told[1] and self.job is not None and not self._killed:
+            job, self.job = self.job, None
+            self._data.clear()
+            self.back(self)
+            job.end(told[0])
+
+    def _read(self) -> None:
         with contextlib.suppress(BlockingIOError):
             while piece := os.read(self._fd, 65536):
                 self._data += piece
-                if len(self._data) > RESULT_LIMIT:
-                    self.kill(RemoteError(Code.RESOURCE_EXHAUSTED, f"{self.name}: result too large"))
+                if len(self._data) > RESULT_LIMIT and self.job is not None:
+                    name = self.job.name
+                    self.job.kill(RemoteError(Code.RESOURCE_EXHAUSTED, f"{name}: result too large"))
             self._loop.remove_reader(self._fd)
 
+    def _told(self) -> tuple[Outcome, bool] | None:
+        """The outcome, and whether the child stays; None if it was not told whole."""
+        if len(self._data) < _HEAD.size:
+            return None
+        length, stays = _HEAD.unpack_from(self._data)
+        if len(self._data) < _HEAD.size + length:
+            return None
+        ok, value = msgspec.msgpack.decode(bytes(self._data[_HEAD.size :]))
+        return (value if ok else RemoteError(Code(value[0]), value[1], reason=value[2])), stays
+
     def _ended(self, code: int) -> None:
-        self._readable()
-        self._code = code
+        self._read()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # what the child started and left
-        self._on_done(self._outcome(code))
-
-    def _outcome(self, code: int) -> Outcome:
-        if self._why is not None:
-            return self._why
-        try:
-            ok, value = msgspec.msgpack.decode(bytes(self._data))
-        except msgspec.DecodeError:
+        self.dismiss()
+        self.gone(self)
+        job, self.job = self.job, None
+        if job is not None:
+            told = self._told()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-            return RemoteError(Code.UNAVAILABLE, f"{self.name}: its process {how}")
-        if ok:
-            return value
-        return RemoteError(Code(value[0]), value[1], reason=value[2])
-
-
-@dataclass
-class _Spare:
-    """A child without a job yet. It has `shared` since its fork; closing `sock` ends it."""
-
-    job: Job
-    sock: socket.socket
-    shared: object
-    timer: Timer
+            lost = RemoteError(Code.UNAVAILABLE, f"{job.name}: its process {how}")
+            job.end(lost if told is None else told[0])
 
 
 class Jobs:
@@ -118,75 +167,89 @@ class Jobs:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.running: set[Job] = set()
-        self._spare: _Spare | None = None
+        self._idle: list[_Child] = []  # the last one is told the next job
+        self._staying: set[_Child] = set()
         self._make_shared: Callable[[], object] | None = None
-        self._spare_seconds = 0.0
+        self._stay_seconds = 0.0
 
-    # -- the spare child ------------------------------------------------------------------------------
+    # -- children that stay ---------------------------------------------------------------------------
 
-    def keep_spare(
-        self, make_shared: Callable[[], object] = lambda: None, *, seconds: float = SPARE_SECONDS
+    def let_stay(
+        self, make_shared: Callable[[], object] = lambda: None, *, seconds: float = STAY_SECONDS
     ) -> None:
-        """Keep a spare child for so long after each job; `make_shared` makes, before its fork, what it is to
+        """Let children stay for so long after a job; `make_shared` makes, before its fork, what each is to
         share with us."""
         self._make_shared = make_shared
-        self._spare_seconds = seconds
+        self._stay_seconds = seconds
 
-    def renew_spare(self) -> None:
-        """What children inherit has changed (settings): end the spare child and fork another."""
-        if self._spare is not None:
-            self._drop_spare()
-            self._loop.call_soon(self._fork_spare)
-
-    def _drop_spare(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.sock.close()
-            spare.timer.cancel()
+    def renew(self) -> None:
+        """What children inherit has changed (settings): those that are here end after their jobs."""
+        self._idle.clear()
+        for child in self._staying:
+            child.dismiss()
+        self._staying.clear()
 
     @property
     def shared(self) -> object:
-        """What the spare child shares with us, None without one: pass it on as an argument."""
-        return None if self._spare is None else self._spare.shared
+        """What the child that is told the next job shares with us: pass it on as an argument. None if
+        children do not stay, or there can be no child."""
+        if not self._idle:
+            self._fork_staying()
+        return self._idle[-1].shared if self._idle else None
 
-    def _fork_spare(self) -> None:
-        if self._make_shared is None or self._spare is not None:
+    def _fork_staying(self) -> None:
+        if self._make_shared is None:
             return
         shared = self._make_shared()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                job = self._fork(lambda: _wait_for_job(theirs, shared), [theirs.fileno()], "spare child")
-            except OSError as error:  # jobs fork by themselves meanwhile
+                child = self._fork(lambda fd: _stay(theirs, shared, fd), [theirs.fileno()], ours, shared)
+            except OSError as error:  # a job that is not told forks by itself, and tells what that cannot
                 ours.close()
-                log.get().warning("no spare child", why=error)
+                log.get().warning("no child that stays", why=error)
                 return
-        timer = self._loop.call_later(self._spare_seconds, self._drop_spare)
-        self._spare = _Spare(job, ours, shared, timer)
-        job.begin("spare child", lambda _outcome: self._drop_spare_of(job))
+        child.back, child.gone = self._came_back, self._went
+        self._staying.add(child)
+        self._idle.append(child)
 
-    def _drop_spare_of(self, job: Job) -> None:
-        """It died while it was waiting; the next job forks, and then there is another."""
-        if self._spare is not None and self._spare.job is job:
-            self._drop_spare()
+    def _came_back(self, child: _Child) -> None:
+        """Its job ended well: it waits for another one, unless enough do, or it is of before a reload."""
+        if child not in self._staying:
+            return
+        if len(self._idle) >= MOST_IDLE:
+            self._staying.discard(child)
+            child.dismiss()
+            return
+        self._idle.append(child)
+        child.timer = self._loop.call_later(self._stay_seconds, lambda: self._leave(child))
 
-    def _tell_spare(self, function: Callable[..., Any], args: Sequence[Any]) -> Job | None:
-        """The spare child, told to run the function; None if there is none, or the job cannot be told."""
-        if self._spare is None:
+    def _leave(self, child: _Child) -> None:
+        self._went(child)
+        child.dismiss()
+
+    def _went(self, child: _Child) -> None:
+        self._staying.discard(child)
+        if child in self._idle:
+            self._idle.remove(child)
+
+    def _tell(self, function: Callable[..., Any], args: Sequence[Any]) -> _Child | None:
+        """A child that stays, told to run the function; None if there is none, or the job cannot be told."""
+        if self._make_shared is None:
             return None
-        shared = self._spare.shared
-        packet = jobs_spare.tell(function, args, shared)
+        shared = self._idle[-1].shared if self._idle else None
+        packet = jobs_told.tell(function, args, shared)
         if packet is None:
             if shared is not None and any(arg is shared for arg in args):
-                self._drop_spare()  # what it shares is the job's now
+                self._leave(self._idle[-1])  # what it shares is the job's now
             return None
-        try:
-            self._spare.sock.send(packet)
-            return self._spare.job
-        except OSError:
+        if not self._idle:
+            self._fork_staying()
+        child = self._idle.pop() if self._idle else None
+        if child is not None and not child.tell(packet):
+            self._leave(child)
             return None
-        finally:
-            self._drop_spare()
+        return child
 
     # -- jobs -----------------------------------------------------------------------------------------
 
@@ -207,12 +270,19 @@ class Jobs:
         """
         title = name or function.__name__.strip("_").replace("_", " ")
         keep = list(fds)
-        job = None if keep else self._tell_spare(function, args)
-        if job is None:
-            job = self._fork(lambda: _result(function, args), keep, title)
-        return self._watch(job, title, on_done, timeout)
+        child = None if keep else self._tell(function, args)
+        if child is None:
+            child = self._fork(lambda fd: _answer(fd, *_result(function, args), stays=False), keep)
+        return self._watch(child, title, on_done, timeout)
 
-    def _fork(self, work: Callable[[], bytes], keep: Sequence[int], name: str) -> Job:
+    def _fork(
+        self,
+        work: Callable[[int], object],
+        keep: Sequence[int],
+        sock: socket.socket | None = None,
+        shared: object = None,
+    ) -> _Child:
+        """Fork a child that runs `work(descriptor of its results)`."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         worker = os.getpid()
         try:
@@ -224,19 +294,18 @@ class Jobs:
         if pid == 0:
             _child(self._loop, worker, work, write_fd, keep)
         os.close(write_fd)
-        return Job(self._loop, pid, read_fd, name, lambda _outcome: None)
+        return _Child(self._loop, pid, read_fd, sock, shared)
 
     def _watch(
-        self, job: Job, title: str, on_done: Callable[[Outcome], object], timeout: float | None
+        self, child: _Child, title: str, on_done: Callable[[Outcome], object], timeout: float | None
     ) -> Job:
         def done(outcome: Outcome) -> None:
             self.running.discard(job)
             if timer is not None:
                 timer.cancel()
             on_done(outcome)
-            self._loop.call_soon(self._fork_spare)  # after the answer
 
-        job.begin(title, done)
+        job = Job(child, title, done)
         self.running.add(job)
         late = RemoteError(Code.DEADLINE_EXCEEDED, f"{title}: not done after {timeout} s")
         timer = None if timeout is None else self._loop.call_later(timeout, lambda: job.kill(late))
@@ -274,20 +343,39 @@ class Jobs:
     def kill_all(self) -> None:
         """SIGKILL every child; there are no more."""
         self._make_shared = None
-        self._drop_spare()
+        self.renew()
         for job in list(self.running):
             job.kill()
 
 
-def _wait_for_job(sock: socket.socket, shared: object) -> bytes:
-    """In a spare child: run what it is told to; nothing if it is not wanted any more."""
-    _show(SPARE)
-    packet = sock.recv(jobs_spare.LIMIT)
-    if not packet:
-        return b""
-    function, args = jobs_spare.told(packet, shared)
-    _show(function.__name__)
-    return _result(function, args)
+def _stay(sock: socket.socket, shared: object, result_fd: int) -> None:
+    """In a child: run what it is told to, one job after another, while it is wanted."""
+    place, mask = _place(), os.umask(0)
+    for left in reversed(range(MOST_JOBS)):
+        os.umask(mask)
+        packet = sock.recv(jobs_told.LIMIT)
+        if not packet:
+            return
+        function, args = jobs_told.told(packet, shared)
+        _show(function.__name__)
+        ok, value = _result(function, args)
+        stays = ok and left > 0 and _place() == place
+        if stays:
+            _show(SPARE)
+        _answer(result_fd, ok, value, stays=stays)
+        if not stays:
+            return
+
+
+def _place() -> tuple[object, ...]:
+    """Where this process stands: a job that left it elsewhere must not be followed by another one."""
+    return (os.getcwd(), *(os.stat(f"/proc/self/ns/{kind}").st_ino for kind in _KINDS))
+
+
+def _answer(fd: int, ok: bool, value: bytes, *, stays: bool) -> None:
+    data = _HEAD.pack(len(value), stays) + value
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _show(name: str) -> None:
@@ -299,7 +387,7 @@ def _show(name: str) -> None:
 def _child(
     loop: Loop,
     worker: int,
-    work: Callable[[], bytes],
+    work: Callable[[int], object],
     result_fd: int,
     keep: Iterable[int],
 ) -> None:
@@ -307,9 +395,7 @@ def _child(
     try:
         gc.freeze()
         _become_child(loop, worker, [*keep, result_fd])
-        data = work()
-        while data:
-            data = data[os.write(result_fd, data) :]
+        work(result_fd)
         status = 0
     except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
         log.get().bug("job failed", error)
@@ -413,14 +499,15 @@ def close_other_fds(keep: Iterable[int]) -> None:
     os.closerange(low, 1 << 20) if low < 1 << 20 else None
 
 
-def _result(function: Callable[..., Any], args: Sequence[Any]) -> bytes:
+def _result(function: Callable[..., Any], args: Sequence[Any]) -> tuple[bool, bytes]:
+    """Run it; return whether it did what it should, and [that, value or error] encoded."""
     try:
-        return msgspec.msgpack.encode([True, function(*args)])
+        return True, msgspec.msgpack.encode([True, function(*args)])
     except RemoteError as error:
-        return msgspec.msgpack.encode([False, [error.code.value, error.text, error.reason]])
+        return False, msgspec.msgpack.encode([False, [error.code.value, error.text, error.reason]])
     except Exception as error:  # noqa: BLE001 - a bug of ours, or a host that fails us: told with its stack
         log.get().bug("job failed", error, job=function.__name__)
         text = f"{function.__name__.strip('_').replace('_', ' ')}: {error}"
-        return msgspec.msgpack.encode([False, [Code.INTERNAL.value, text, ""]])
+        return False, msgspec.msgpack.encode([False, [Code.INTERNAL.value, text, ""]])
     finally:
         sys.stdout.flush()

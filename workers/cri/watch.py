@@ -26,6 +26,8 @@ from workers.cri.state import Container, Phase
 #: Seconds that a lost monitor's successor (forked by the supervisor) has to appear.
 ORPHAN_GRACE = 10.0
 POLL = 0.2
+#: Seconds after its end when a container is unmounted, unless it was removed, which does that too.
+UNMOUNT_AFTER = 0.5
 UNKNOWN_EXIT = -1
 
 
@@ -82,7 +84,10 @@ class Watcher:
             log.get().error("the sandbox container ended: the pod is not ready", pod=pod.id)
 
     async def _unmount(self, container: Container) -> None:
-        """An ended container needs no overlay mount until it is removed."""
+        """An ended container needs no overlay mount until it is removed, which may be soon."""
+        await asyncio.sleep(UNMOUNT_AFTER)
+        if container.id not in self._node.store.containers:
+            return
         try:
             request = storage.ContainerUnmount(container_id=container.id)
             await self._node.peers.storage.call(request, timeout=SHORT)

@@ -78,9 +78,9 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
 
     def reload(settings: bytes) -> None:
         state.use(msgspec.msgpack.decode(settings, type=NetworkSettings))
-        jobs.renew_spare()
+        jobs.renew()
 
-    jobs.keep_spare()
+    jobs.let_stay()
     dialling = Dialling(jobs, state.current_places)
     boot.serve(
         context,

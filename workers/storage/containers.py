@@ -132,7 +132,6 @@ class Containers:
 
         def ended(outcome: Any) -> None:
             watch.cancel()
-            progress.close()
             if not isinstance(outcome, RemoteError):
                 self.usages.made(body.container_id)
                 call.reply(msgspec.convert(outcome, ContainerRootfs))

@@ -36,6 +36,7 @@ from .trees import delete_trees
 from .trouble import HOST_TROUBLE, contained, refusal
 
 LEASE = 600.0
+EMPTY_AFTER = 0.25  # seconds after which graves are emptied, several at once: whoever asked goes on first
 FIRST_RETRY, LAST_RETRY = 1.0, 3600.0  # seconds until a tree that could not be deleted is tried again
 PIPE_SIZE = 1024 * 1024
 
@@ -76,6 +77,7 @@ class Layers:
         self._stagings: dict[str, Staging] = {}
         self._leases: dict[str, float] = {}
         self._sweep_planned = False
+        self._graves: list[str] = []
 
     def use(self, settings: StorageSettings) -> None:
         """The limits of layers that are begun from now on."""
@@ -374,8 +376,13 @@ class Layers:
             if directory is not grave and not _moved(directory, grave):
                 continue
             doomed.append(str(grave))
-        if doomed:
-            self._bury(doomed, FIRST_RETRY)
+        if doomed and not self._graves:
+            self._loop.call_later(EMPTY_AFTER, self._empty)
+        self._graves += doomed
+
+    def _empty(self) -> None:
+        graves, self._graves = self._graves, []
+        self._bury(graves, FIRST_RETRY)
 
     def _bury(self, doomed: list[str], delay: float) -> None:
         """Delete what stands in staging; what cannot be deleted now is tried again, later and later."""

@@ -143,9 +143,9 @@ def run(context: boot.Context[StorageSettings], state: State) -> None:
 
     def reload(settings: bytes) -> None:
         worker.use(msgspec.msgpack.decode(settings, type=StorageSettings))
-        worker.jobs.renew_spare()
+        worker.jobs.renew()
 
-    worker.jobs.keep_spare(Progress)
+    worker.jobs.let_stay(Progress)
     try:
         boot.serve(context, loop, worker.handlers(), on_reload=reload, queued=worker.queued)
     finally:

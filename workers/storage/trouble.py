@@ -69,10 +69,7 @@ class _NoJob(Job):
     def __init__(self, name: str) -> None:
         self.pid = 0
         self.name = self.doing = name
-
-    @property
-    def finished(self) -> bool:
-        return True
+        self.finished = True
 
     def kill(self, why: RemoteError | None = None) -> None:
         """There is nothing to kill."""

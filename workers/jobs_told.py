@@ -1,7 +1,7 @@
 """Runs in: storage, network, and a child of each.
 
-How a job is told to a child that was forked before there was one: which function, and its arguments. Sans-IO.
-What cannot be told (descriptors, functions inside functions, long requests) is no error: it takes a fork.
+How a job is told to a child that is there already: which function, and its arguments. Sans-IO. What cannot be
+told (descriptors, functions inside functions, long requests) is no error: it takes a fork.
 """
 
 from __future__ import annotations
