@@ -121,6 +121,7 @@ class NetworkSettings(Common):
 class MonitorSettings(Common):
     log_buffer: int = 256 * 1024
     cri_gid: int = 0  # group that may connect to ctl.sock
+    sealed: list[str] = []  # programs of OCI runtimes that are executed from sealed memory
 
 
 class StreamSettings(Common):

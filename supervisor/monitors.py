@@ -121,7 +121,7 @@ class Monitors:
 
     def _prepare(self) -> None:
         """In the nursery."""
-        self._monitor_ground = self._module.prepare_process()
+        self._monitor_ground = self._module.prepare_process(self._nursery_settings.sealed)
         self._run = self._module.run
 
     def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:

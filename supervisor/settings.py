@@ -223,8 +223,10 @@ class Derivation:
 
     def _monitor(self) -> settings.MonitorSettings:
         cri_gid = self._who["cri"].gid if "cri" in self._who else 0
+        paths = [runtime.path for runtime in self._config.runtimes.values()]
+        crun = [path for path in paths if os.path.basename(path) == "crun"]
         return settings.MonitorSettings(
-            **self._common(), log_buffer=self._config.monitor.log_buffer, cri_gid=cri_gid
+            **self._common(), log_buffer=self._config.monitor.log_buffer, cri_gid=cri_gid, sealed=crun
         )
 
     def _stream(self) -> settings.StreamSettings:

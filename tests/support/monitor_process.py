@@ -135,6 +135,7 @@ class MonitorProcess:
                 lambda _container_id: MonitorContext(settings),
                 ("monitor", self.id, "pod", str(self.directory)),
                 (lock_fd, listener.fileno()),
+                monitor_main.prepare_process(["/usr/bin/crun"], rehearsed=False),
             )
             code = 0
         finally:

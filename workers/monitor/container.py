@@ -234,6 +234,7 @@ class Container:
             stdio_gid=request.stdio_gid,
             terminal=request.terminal,
             stdin_once=request.stdin_once,
+            init_program=procfs.program(pid),
         )
         records.write_state(self.directory, record)
         self._adopt(record)
@@ -439,7 +440,9 @@ class Container:
 
     def disposition(self) -> procfs.Disposition | None:
         """Return what the init does with signals; unknown where it is not ours."""
-        return procfs.disposition(self._pid) if self._ours else None
+        if not self._ours or self._state is None:
+            return None
+        return procfs.disposition(self._pid, self._state.init_program)
 
     # -- the end --------------------------------------------------------------------------------------
 

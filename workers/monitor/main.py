@@ -36,6 +36,7 @@ from workers.monitor.link import Link
 from workers.monitor.procfs import signal_number
 from workers.monitor.reaper import Reaper
 from workers.monitor.runtime import Launcher, OomScore
+from workers.monitor.sealed import Sealed
 
 if TYPE_CHECKING:
     from workers.monitor.keeper import Keeper
@@ -165,8 +166,11 @@ class Ground:
     fillers: list[object]
 
 
-def prepare_process(*, rehearsed: bool = True) -> Ground:
-    """What all monitors have in common: once, in whoever forks nothing but them, or in one alone."""
+def prepare_process(programs: Sequence[str] = (), *, rehearsed: bool = True) -> Ground:
+    """What all monitors have in common: once, in whoever forks nothing but them, or in one alone.
+
+    `programs`: those of OCI runtimes that are to be executed from sealed memory.
+    """
     gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -184,7 +188,7 @@ def prepare_process(*, rehearsed: bool = True) -> Ground:
         rehearse()
     gc.collect()
     fillers += pools.fill()
-    monitor = Monitor(score.normal)
+    monitor = Monitor(score.normal, Sealed(programs))
     ground = Ground(monitor, Keeper(monitor.hand, monitor.trouble), fillers)
     gc.freeze()
     return ground
@@ -221,10 +225,11 @@ def run(
 class Monitor:
     """One monitor's parts, made when they are needed: its keeper needs none of them."""
 
-    def __init__(self, normal_score: int) -> None:
+    def __init__(self, normal_score: int, sealed: Sealed) -> None:
         self.make_context: Callable[[str], Context]
         self.names: Sequence[str] = ("", "", "", "")  # kind, container, pod, directory
         self._normal_score = normal_score
+        self._sealed = sealed
 
     def _begin(self, keeper: Keeper) -> None:
         gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
@@ -262,7 +267,8 @@ class Monitor:
         kernel.die_with_parent(signal.SIGKILL, monitor_pid)
         signal.set_wakeup_fd(-1)
         log_fds = {sys.stderr.fileno(), self._context.log.fileno()}
-        hand.shed({self._listener.fileno(), keeper.hands_link.fileno(), keeper.vault, *log_fds})
+        shared = {self._listener.fileno(), keeper.hands_link.fileno(), keeper.vault, *self._sealed.fds}
+        hand.shed({*shared, *log_fds})
         loop = Loop()
         link = hand.KeeperLink(loop, keeper.hands_link, keeper.vault)
         container = self._container(loop, self._launcher(loop), link, monitor_pid)
@@ -297,7 +303,7 @@ class Monitor:
             server.close()
 
     def _launcher(self, loop: Loop) -> Launcher:
-        return Launcher(loop, Reaper(loop), self._normal_score)
+        return Launcher(loop, Reaper(loop), self._normal_score, self._sealed)
 
     def _container(self, loop: Loop, launcher: Launcher, link: Link, monitor_pid: int) -> Container:
         return Container(

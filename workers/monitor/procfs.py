@@ -29,16 +29,20 @@ class Stat(NamedTuple):
 
 
 class Disposition(NamedTuple):
-    """What a process does with signals (bit masks), and whether it is init of its PID namespace."""
+    """What a process does with signals (bit masks), whether it is init of its PID namespace, and whether it
+    has yet to execute the container's command."""
 
     blocked: int
     caught: int
     init: bool
+    early: bool = False
 
     def drops(self, number: int) -> bool:
-        """True if the kernel would drop the signal: an init takes only what it blocks or handles."""
+        """True if the signal would be lost: an init takes only what it blocks or handles, and the handlers of
+        what executes the command (runc's init has one for every signal) do nothing."""
         bit = 1 << (number - 1)
-        return self.init and not (self.blocked | self.caught) & bit and number != signal.SIGKILL
+        taken = (self.blocked | self.caught) & bit and not self.early
+        return self.init and not taken and number != signal.SIGKILL
 
 
 def _read(path: str) -> bytes | None:
@@ -76,10 +80,21 @@ def open_pid(pid: int, start: int) -> int:
     return -1
 
 
-def disposition(pid: int) -> Disposition | None:
-    """Return the process's disposition, None if it is gone."""
+def disposition(pid: int, before: str = "") -> Disposition | None:
+    """Return the process's disposition, None if it is gone. `before`: the program that executes the
+    container's command, as `program` names it."""
+    early = bool(before) and program(pid) == before  # first: what is read next is at least as new
     raw = _read(f"/proc/{pid}/status")
-    return None if not raw else parse_disposition(raw)
+    return None if not raw else parse_disposition(raw)._replace(early=early)
+
+
+def program(pid: int) -> str:
+    """Return what names the file that a process executes, "" if it is gone."""
+    try:
+        found = os.stat(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def parse_disposition(status: bytes) -> Disposition:

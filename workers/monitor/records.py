@@ -54,6 +54,7 @@ class StateRecord(Body):
     stdin_once: bool = False
     successions: int = 0  # how many monitors have died
     log_bytes_unsure: int = 0  # output that may be missing in the log for that, at most
+    init_program: str = ""  # procfs.program of what executes the container's command
 
 
 def exit_reason(code: int, *, oom_kills: int) -> str:

@@ -21,6 +21,7 @@ from ipc.loop import Loop
 from ipc.messages.monitor import Create
 from workers.monitor.reaper import Reaper
 from workers.monitor.records import StateRecord
+from workers.monitor.sealed import Sealed
 
 LOG_FD = 3  # the runtime's log, in the runtime
 FIRST_EXTRA_FD = 4
@@ -186,12 +187,15 @@ class Streams:
 class Launcher:
     """Starts runtime calls. One per process; `normal_score` as OomScore has it."""
 
-    def __init__(self, loop: Loop, reaper: Reaper, normal_score: int | None = None) -> None:
+    def __init__(
+        self, loop: Loop, reaper: Reaper, normal_score: int | None = None, sealed: Sealed | None = None
+    ) -> None:
         self.loop = loop
         self.reaper = reaper
         self._oom = OomScore(normal=normal_score)
         self._null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._environment = environment(os.environ)
+        self._sealed = sealed or Sealed()
 
     def call(
         self,
@@ -226,7 +230,7 @@ class Launcher:
         try:
             with self._oom:
                 return os.posix_spawn(
-                    argv[0],
+                    self._sealed.path(argv[0]),
                     argv,
                     self._environment,
                     file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(copies)],

@@ -278,10 +278,13 @@ class Stopped:
 
 BARE = Disposition(0, 0, True)
 READY = Disposition(0, 1 << 14, True)
+#: With handlers of the OCI runtime's own, which do nothing.
+EARLY = READY._replace(early=True)
 
 
-def test_a_dropped_signal_is_sent_again_once_it_would_be_taken(loop: Loop) -> None:
-    target = Stopped(BARE, BARE, READY)
+@pytest.mark.parametrize("lost", [BARE, EARLY])
+def test_a_dropped_signal_is_sent_again_once_it_would_be_taken(loop: Loop, lost: Disposition) -> None:
+    target = Stopped(lost, lost, READY)
     stopper = Stopper(loop, target)
     stopper.request(15, 10)
     turn_until(loop, lambda: len(target.sent) == 2)

@@ -222,6 +222,7 @@ def test_every_setting_of_every_worker_follows_the_configuration(tmp_path: Path)
     for declared in dataclasses.fields(Config):
         changed[declared.name] = _different(getattr(one, declared.name))
     changed["default_runtime"] = "other"
+    changed["runtimes"]["own"] = RuntimeConfig(path="/opt/bin/crun")
     changed["cgroup_manager"] = "systemd"
     changed["log_level"] = "debug"
     two = Config(**changed)
