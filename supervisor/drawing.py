@@ -13,6 +13,8 @@ from supervisor.table import MIB, ROOT_USER, SUPERVISOR_CALLERS, TABLE, Entry, T
 #: Who connects from outside of the map.
 OUTSIDE = {
     "cri": ("kubelet", "bulkheadctl"),
+    "storage": ("bulkheadctl",),
+    "network": ("bulkheadctl",),
     "stream": ("kubelet",),
     "ops": ("scraper",),
     "nri": ("plugins",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import Body, Request, request
+from .checking import Finding, Known
 from .monitor import SessionOpened
 
 
@@ -144,3 +145,20 @@ class SessionOpen(Request[SessionOpened]):
 
     session: str
     port: int = 0
+
+
+# -- checks ------------------------------------------------------------------------------------------------
+
+
+class StateChecked(Body):
+    """Who is supposed to be there, and what is wrong with the state itself."""
+
+    known: Known
+    findings: list[Finding] = []
+
+
+@request("cri.state.check", reply=StateChecked, idempotent=True)
+class StateCheck(Request[StateChecked]):
+    """Look at the state's file and what stands beside it. With `repair`, mend what can be mended here."""
+
+    repair: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import Body, Empty, IdMapping, Request, request
+from .checking import Finding, Findings, Known
 
 
 class PortMapping(Body):
@@ -95,3 +96,18 @@ class PortConnect(Request[Empty]):
 
     pod_id: str
     port: int
+
+
+@request("network.store.check", reply=Findings, idempotent=True)
+class StoreCheck(Request[Findings]):
+    """What is wrong with records, pinned namespaces and addresses. Changes nothing."""
+
+    known: Known
+
+
+@request("network.store.mend", reply=Findings, idempotent=True)
+class StoreMend(Request[Findings]):
+    """Mend what a check has found: DEL, unpin, forget, one after the other."""
+
+    known: Known
+    findings: list[Finding]

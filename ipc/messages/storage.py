@@ -7,6 +7,7 @@ the host's file system (files of a pod, mount sources, users of an image).
 from __future__ import annotations
 
 from . import Body, Empty, IdMapping, Request, request
+from .checking import Finding, Findings, Known
 
 
 class LayerBegun(Body):
@@ -374,3 +375,22 @@ class Inventory(Body):
 @request("storage.inventory.list", reply=Inventory, idempotent=True)
 class InventoryList(Request[Inventory]):
     """Every container and pod that storage still has something of; `cri` removes what it does not know."""
+
+
+@request("storage.store.check", reply=Findings, idempotent=True)
+class StoreCheck(Request[Findings]):
+    """What is wrong with layers, images, root file systems, pods' files. Changes nothing.
+
+    `deep`: the content of every file is read and compared, too.
+    """
+
+    known: Known
+    deep: bool = False
+
+
+@request("storage.store.mend", reply=Findings, idempotent=True)
+class StoreMend(Request[Findings]):
+    """Mend what a check has found, one after the other; what a container of `known.running` needs stays."""
+
+    known: Known
+    findings: list[Finding]

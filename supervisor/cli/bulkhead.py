@@ -1,7 +1,8 @@
 """Runs in: the command line `bulkhead`, which with `serve` becomes the supervisor.
 
 Reads flags and configuration and says in a sentence what is wrong with them; the supervisor itself is
-supervisor/server.py. Exit codes: 0 ended in order, 1 could not run, 2 usage or configuration.
+supervisor/server.py. Exit codes: 0 ended in order, 1 could not run, 2 usage or configuration, 4 `check` has
+found something that is wrong still, or `wipe` found something in its way.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument(
         "-o", "--output", choices=("table", "json"), default="table", help="for people, or programs"
     )
+    _upkeep(commands)
     migrate = commands.add_parser("migrate", help="make a configuration out of another runtime's")
     migrate.set_defaults(run=_migrate)
     migrate.add_argument("--from", dest="origin", choices=("crio",), required=True, help="whose")
@@ -68,6 +70,24 @@ def parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return top
+
+
+def _upkeep(commands: Any) -> None:
+    from supervisor.cli.checks.report import flags
+
+    check = commands.add_parser("check", help="look whether everything on disk is as it should be; mend it")
+    check.set_defaults(run=_check)
+    _configuration_flags(check)
+    flags(check)
+    wipe = commands.add_parser("wipe", help="remove every container, every image, or both")
+    wipe.set_defaults(run=_wipe)
+    _configuration_flags(wipe)
+    what = wipe.add_mutually_exclusive_group(required=True)
+    what.add_argument("--containers", action="store_true", help="pods, containers, and what belongs to them")
+    what.add_argument("--images", action="store_true", help="images and their layers")
+    what.add_argument("--all", action="store_true", help="both")
+    wipe.add_argument("--force", action="store_true", help="also what runs, and while the service runs")
+    wipe.add_argument("-n", "--dry-run", action="store_true", help="only say what would be removed")
 
 
 def _configuration_flags(parser: argparse.ArgumentParser) -> None:
@@ -213,6 +233,18 @@ def _info(options: argparse.Namespace) -> int:
     found = findings(_load(options))
     show(found, options.output)
     return FAILED if any(finding.state == "missing" for finding in found) else 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from supervisor.cli.checks.commands import check
+
+    return check(_load(options), options.table, options)
+
+
+def _wipe(options: argparse.Namespace) -> int:
+    from supervisor.cli.checks.wipe import wipe
+
+    return wipe(_load(options), options.table, options)
 
 
 def _migrate(options: argparse.Namespace) -> int:

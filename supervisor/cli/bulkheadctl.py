@@ -1,7 +1,8 @@
 """Runs in: bulkheadctl, a client process of its own.
 
 The command line: arguments in, one function called, a clear sentence and an exit code for every error.
-Exit codes: 0 done, 1 the runtime answered with an error, 2 wrong usage, 3 the runtime cannot be reached;
+Exit codes: 0 done, 1 the runtime answered with an error, 2 wrong usage, 3 the runtime cannot be reached, 4
+`check` has found something that is wrong still;
 `exec` passes on the exit code of the command.
 """
 

@@ -66,6 +66,15 @@ def _check(db: sqlite3.Connection) -> None:
         raise Damaged(f"its schema is {row[0]}, this release knows {SCHEMA}")
 
 
+def integrity(db: sqlite3.Connection) -> str:
+    """What a thorough look at the file finds, "" for nothing."""
+    try:
+        found = str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    except sqlite3.Error as error:
+        return str(error)
+    return "" if found == "ok" else found
+
+
 def set_aside(path: str) -> str:
     """Rename the file and its companions over those set aside before; return the new path. Raises OSError."""
     for part in _PARTS:

@@ -21,7 +21,7 @@ import msgspec
 
 from ipc import aio
 from ipc.messages import control
-from ipc.messages.cri import ContainerGet, InfoGet, SessionOpen, TokenRedeem
+from ipc.messages.cri import ContainerGet, InfoGet, SessionOpen, StateCheck, TokenRedeem
 from ipc.release import version
 from ipc.settings import CriSettings
 from ipc.table import Handler, Handlers, table
@@ -105,6 +105,7 @@ def handlers(service: Service) -> Handlers:
     return table(
         Handler(InfoGet, service.info, callers={"ops", "root"}),
         Handler(ContainerGet, service.container_facts, callers={"ops", "root"}),
+        Handler(StateCheck, service.check_state, callers={"root"}),
         Handler(TokenRedeem, service.streaming.redeem, callers={"stream"}),
         Handler(SessionOpen, service.streaming.open, callers={"stream"}),
     )

@@ -15,11 +15,11 @@ from ipc import aio
 from ipc.cri import api_pb2 as pb
 from ipc.errors import Code, RemoteError, invalid, not_found
 from ipc.messages import monitor
-from ipc.messages.cri import ContainerFacts, ContainerGet, CriInfo, InfoGet
+from ipc.messages.cri import ContainerFacts, ContainerGet, CriInfo, InfoGet, StateCheck, StateChecked
 from ipc.messages.image import Auth
 from ipc.messages.storage import FsInfo
+from workers.cri import check, status, views
 from workers.cri import images as image_views
-from workers.cri import status, views
 from workers.cri.containers import Containers
 from workers.cri.images import Images
 from workers.cri.metrics import RpcStats
@@ -247,6 +247,10 @@ class Service:
         if len(found) != 1:
             raise not_found(f"no container, or more than one, has an id that begins with {body.id[:64]!r}")
         return facts_of(found[0], self.node.store.pods[found[0].record.pod_id])
+
+    async def check_state(self, _call: aio.Call, body: StateCheck) -> StateChecked:
+        """Whom cri knows, and what is wrong with its state."""
+        return check.check(self.node, body)
 
     async def info(self, _call: aio.Call, _body: InfoGet) -> CriInfo:
         """Numbers for /metrics and /info."""

@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -410,6 +410,20 @@ class Store:
         if row is None or row[0] is None:
             raise not_found(f"container {container_id} has no OCI spec yet")
         return bytes(row[0])
+
+    def damage(self) -> str:
+        """What is wrong with the file, "" for nothing."""
+        return database.integrity(self._db)
+
+    @staticmethod
+    def trouble(path: str) -> str:
+        """Why the next cri would set a file aside, "" if it would not."""
+        try:
+            with closing(database.connect(path)) as db:
+                _rows(db)
+                return database.integrity(db)
+        except (database.Damaged, sqlite3.Error) as error:
+            return str(error)
 
     # -- inside ---------------------------------------------------------------------------------------
 

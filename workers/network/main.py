@@ -24,6 +24,7 @@ from workers.network.dialling import Dialling
 from workers.network.operations import Places
 from workers.network.pods import Pods
 from workers.network.status import Status
+from workers.network.upkeep import Upkeep
 
 
 @dataclass
@@ -64,8 +65,13 @@ class State:
 
 def prepare(context: boot.Context[NetworkSettings]) -> State:
     """Make the directories; as root, before the sandbox shuts."""
+    return State(context.settings, boot_id())
+
+
+def boot_id() -> str:
+    """What names this boot of the machine."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return State(context.settings, file.read().strip())
+        return file.read().strip()
 
 
 def run(context: boot.Context[NetworkSettings], state: State) -> None:
@@ -85,7 +91,7 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
     boot.serve(
         context,
         loop,
-        handlers(pods, status, dialling),
+        handlers(pods, status, dialling, Upkeep(jobs, state.current_places, state.selection)),
         on_reload=reload,
         doing=pods.doing,
         queued=pods.waiting,
@@ -93,7 +99,7 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
     jobs.kill_all()
 
 
-def handlers(pods: Pods, status: Status, dialling: Dialling) -> Handlers:
+def handlers(pods: Pods, status: Status, dialling: Dialling, upkeep: Upkeep) -> Handlers:
     """The worker's API: who may ask what of whom."""
     cri = frozenset({"cri"})
     readers = frozenset({"cri", "root"})
@@ -103,5 +109,7 @@ def handlers(pods: Pods, status: Status, dialling: Dialling) -> Handlers:
         Handler(network.PodCheck, pods.check, callers=readers),
         Handler(network.PodList, pods.list, callers=readers),
         Handler(network.StatusGet, status.get, callers=readers),
+        Handler(network.StoreCheck, upkeep.check, callers=readers),
+        Handler(network.StoreMend, upkeep.mend, callers=frozenset({"root"})),
         Handler(network.PortConnect, dialling.connect, callers=cri),
     )

@@ -184,6 +184,18 @@ class Containers:
 
         self._dismantle(body.container_id, plan, dismantled)
 
+    def discard(self, container_id: str, then: Callable[[Any], object]) -> None:
+        """Take away what is left of a container that nobody knows; `then` gets RemoteError, or None."""
+
+        def turn(done: Done) -> None:
+            def ended(outcome: Any) -> None:
+                then(outcome)
+                done()
+
+            self._dismantle(container_id, self._plan(container_id, []), ended)
+
+        self._serial.run(container_id, turn)
+
     def _dismantle(self, container_id: str, plan: ContainerPlan, then: Callable[[Any], object]) -> None:
         grave = self._paths.fresh(f"container-{container_id[:16]}")
 

@@ -24,12 +24,14 @@ import contextlib
 import errno
 import os
 import stat
+import zlib
 from collections.abc import Callable
 
 from ipc import kernel
 from ipc.errors import Code, RemoteError, invalid
 
 from . import tarstream, whiteouts
+from .content import Content
 from .report import LayerReport
 from .tarstream import Entry, TarReader
 from .whiteouts import Meaning, shown
@@ -80,9 +82,17 @@ def check_link(parts: list[bytes], target: bytes) -> None:
 
 class Extractor:
     """Writes entries below `root_fd`, which it only borrows. `lowest`: no layer lies below, so whiteouts
-    hide nothing and are left out."""
+    hide nothing and are left out. What is made is noted in `content`."""
 
-    def __init__(self, root_fd: int, *, max_entries: int, max_bytes: int, lowest: bool = False) -> None:
+    def __init__(
+        self,
+        root_fd: int,
+        *,
+        max_entries: int,
+        max_bytes: int,
+        lowest: bool = False,
+        content: Content | None = None,
+    ) -> None:
         self._root = root_fd
         self._max_entries = max_entries
         self._max_bytes = max_bytes
@@ -95,6 +105,7 @@ class Extractor:
         self._ignored_xattrs: set[str] = set()
         self._replaced_trees = 0
         self._open: dict[bytes, int] = {}
+        self._content = content or Content()
         self._makers: dict[bytes, Callable[[int, bytes, bytes, Entry], None]] = {
             tarstream.LINK: self._hard_link,
             tarstream.SYMLINK: self._symlink,
@@ -218,6 +229,7 @@ class Extractor:
                 self._opaque.add(path)  # it was hidden, and comes again: nothing of below shines through
             os.mkdir(base, 0o700, dir_fd=parent_fd)
         self._size += DISK_BLOCK
+        self._content.directory(path)
 
     def _directory_fd(self, path: bytes) -> int:
         if not path:
@@ -253,28 +265,32 @@ class Extractor:
             self._remove(parent_fd, path, base)
             fd = os.open(base, flags, 0o600, dir_fd=parent_fd)
         try:
-            self._write(fd, entry)
+            self._write(fd, path, entry)
             self._describe(fd, entry)
         finally:
             os.close(fd)
 
-    def _write(self, fd: int, entry: Entry) -> None:
+    def _write(self, fd: int, path: bytes, entry: Entry) -> None:
         if entry.real_size > self._max_bytes:
             raise _exhausted(f"{entry.shown!r} in the layer is {entry.real_size} bytes large")
         self._size += -(-entry.size // DISK_BLOCK) * DISK_BLOCK
         if entry.segments is None:
-            self._copy(fd, entry.size)
+            self._content.file(path, entry.size, self._copy(fd, entry.size))
             return
         for offset, length in entry.segments:
             os.lseek(fd, offset, os.SEEK_SET)
             self._copy(fd, length)
         os.ftruncate(fd, entry.real_size)
 
-    def _copy(self, fd: int, size: int) -> None:
+    def _copy(self, fd: int, size: int) -> int:
+        """The next `size` bytes go into a file. Returns their CRC-32."""
+        crc = 0
         for piece in self._reader.data(size):
+            crc = zlib.crc32(piece, crc)
             written = os.write(fd, piece)
             while written < len(piece):
                 written += os.write(fd, piece[written:])
+        return crc
 
     def _symlink(self, parent_fd: int, path: bytes, base: bytes, entry: Entry) -> None:
         if not entry.link or b"\0" in entry.link:
@@ -282,6 +298,7 @@ class Extractor:
         check_link(path.split(b"/"), entry.link)
         self._make_anew(parent_fd, path, base, lambda: os.symlink(entry.link, base, dir_fd=parent_fd))
         self._links[path] = entry.link
+        self._content.link(path, entry.link)
         os.chown(base, entry.uid, entry.gid, dir_fd=parent_fd, follow_symlinks=False)
         self._named_xattrs(parent_fd, base, entry)
         os.utime(base, ns=_times(entry), dir_fd=parent_fd, follow_symlinks=False)
@@ -329,6 +346,7 @@ class Extractor:
         hidden = whiteouts.is_whiteout(os.stat(base, dir_fd=parent_fd, follow_symlinks=False))
         os.unlink(base, dir_fd=parent_fd)
         self._links.pop(path, None)
+        self._content.gone(path)
         return hidden
 
     def _remove_tree(self, path: bytes) -> None:
@@ -344,6 +362,7 @@ class Extractor:
             if directory in self._open:
                 os.close(self._open.pop(directory))
             del self._directories[directory]
+            self._content.gone(directory)
             self._opaque.discard(directory)
         for link in [p for p in self._links if p.startswith(below)]:
             del self._links[link]
@@ -354,6 +373,7 @@ class Extractor:
         try:
             for name in os.listdir(fd):
                 os.unlink(name, dir_fd=fd)
+                self._content.gone(directory + b"/" + os.fsencode(name))
         finally:
             os.close(fd)
 

@@ -193,10 +193,26 @@ class Images:
                 image=image_id,
                 names=self._column("SELECT name FROM names WHERE image_id = ?", image_id),
             )
-            self._set_aside(image_id)
+            self.set_aside(image_id)
         self.container_gone()
 
-    def _set_aside(self, image_id: str) -> None:
+    def users_of_layer(self, chain_id: str) -> set[str]:
+        """The containers whose root, or a volume of which, has this layer."""
+        return set(self._column(_LAYER_USERS, chain_id))
+
+    def set_aside_with(self, chain_id: str) -> None:
+        """Set every image aside that has this layer."""
+        for image_id in self._column("SELECT image_id FROM image_layers WHERE chain_id = ?", chain_id):
+            self.set_aside(image_id)
+        self.container_gone()
+
+    def forget_all(self) -> None:
+        """No image is known any more, whoever uses it."""
+        self._database.free(lambda c: c.execute("DELETE FROM images"))
+
+    def set_aside(self, image_id: str) -> None:
+        """It is not listed any more, and goes with the last container that uses it."""
+
         def set_aside(connection: sqlite3.Connection) -> None:
             connection.execute("UPDATE images SET broken = 1 WHERE id = ?", (image_id,))
             connection.execute("DELETE FROM names WHERE image_id = ?", (image_id,))
@@ -210,6 +226,9 @@ _SIZE = (
     " (SELECT chain_id FROM image_layers WHERE image_id = ?)"
 )
 _IN_USE = "SELECT COUNT(*) FROM image_users WHERE image_id = ?"
+_LAYER_USERS = (
+    "SELECT DISTINCT container_id FROM image_users JOIN image_layers USING (image_id) WHERE chain_id = ?"
+)
 _USERS = "SELECT container_id FROM image_users WHERE image_id = ? ORDER BY container_id LIMIT 3"
 
 

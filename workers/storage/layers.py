@@ -359,6 +359,15 @@ class Layers:
             link.unlink(missing_ok=True)
         self.delete([self._paths.layer(chain_id) for chain_id in doomed])
 
+    def drop(self, chain_id: str) -> None:
+        """Forget a broken layer and delete it; those above it are of no use until it was pulled again."""
+        known = self._database.layer(chain_id)
+        if known is not None:
+            self._database.drop_layers([chain_id])
+            (self._paths.links / str(known[0])).unlink(missing_ok=True)
+        log.get().warning("broken layer dropped", chain_id=chain_id)
+        self.delete([self._paths.layer(chain_id)])
+
     def _protected(self) -> set[str]:
         kept: set[str] = set()
         for chain_id in [*self._leases, *(s.begin.parent for s in self._stagings.values())]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
 from ipc.loop import Loop
-from ipc.messages import storage
+from ipc.messages import checking, storage
 from ipc.serve import Call
 from ipc.settings import StorageSettings
 from ipc.table import ROOT, Handler, Handlers, table
@@ -43,7 +44,8 @@ class State:
 class Storage:
     """The parts of the worker, wired."""
 
-    def __init__(self, loop: Loop, paths: Paths, settings: StorageSettings) -> None:
+    def __init__(self, loop: Loop, paths: Paths, settings: StorageSettings, *, serves: bool = True) -> None:
+        self.serves = serves
         self.jobs = Children(loop)
         self.paths = paths
         self.database = Database(paths.database)
@@ -100,6 +102,27 @@ class Storage:
         """storage.inventory.list"""
         return storage.Inventory(containers=self.containers.inventory(), pods=self.pods.inventory())
 
+    def check(self, call: Call, body: storage.StoreCheck) -> None:
+        """storage.store.check"""
+        self.jobs.run(
+            call,
+            inspect,
+            str(self.paths.root),
+            str(self.paths.mounts.parent),
+            msgspec.to_builtins(body.known),
+            body.deep,
+            self.database.snapshot(),
+            then=_findings,
+            name="check of the store",
+        )
+
+    def mend(self, call: Call, body: storage.StoreMend) -> None:
+        """storage.store.mend"""
+        from .mending import Mender  # rare: an idle worker stays small
+
+        call.doing = "mending what a check has found"
+        Mender(self, body.known, body.findings, lambda findings: call.reply(checking.told(findings))).go_on()
+
     def handlers(self) -> Handlers:
         """The worker's table."""
         return table(
@@ -120,12 +143,27 @@ class Storage:
             Handler(storage.ContainerRemove, answering(self.containers.remove), CALLERS),
             Handler(storage.ContainerUnmount, answering(self.containers.unmount), CALLERS),
             Handler(storage.InventoryList, answering(self.inventory), CALLERS),
+            Handler(storage.StoreCheck, answering(self.check), CALLERS),
+            Handler(storage.StoreMend, answering(self.mend), CALLERS),
         )
 
 
 def directories_of(settings: StorageSettings) -> SpecDirectories:
     """The administrator's directories."""
     return SpecDirectories(cdi=settings.cdi_spec_dirs, hooks=settings.hooks_dirs)
+
+
+def inspect(root: str, run_root: str, known: dict[str, list[str]], deep: bool, snapshot: bytes) -> Any:
+    """In a child, which loads what only it needs: look at everything, beside the worker."""
+    from . import check
+
+    wanted = msgspec.convert(known, checking.Known)
+    findings = check.inspect(root, run_root, wanted, deep=deep, snapshot=snapshot)
+    return msgspec.to_builtins(checking.told(findings))
+
+
+def _findings(value: Any) -> checking.Findings:
+    return msgspec.convert(value, checking.Findings)
 
 
 def prepare(context: boot.Context[StorageSettings]) -> State:

@@ -204,6 +204,13 @@ def forget_volatile(work: Path) -> None:
         remove_directory(directory)
 
 
+def mount_points(directory: str) -> set[str]:
+    """Everything that is mounted below a directory."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        points = {_unescape(line.split(" ", 5)[4]) for line in lines}
+    return {point for point in points if point.startswith(f"{directory}/")}
+
+
 def is_mounted(target: Path) -> bool:
     """True if something is mounted on the directory `target`."""
     return target.is_dir() and os.path.ismount(target)

@@ -9,6 +9,7 @@ what a pod has left in its /dev/shm may take long to free.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,18 @@ class Pods:
         job = self._jobs.start(tear_down, directory, on_done=ended)
         call.doing = job.name
         call.on_abandon(job.kill)
+
+    def discard(self, pod_id: str, then: Callable[[Any], object]) -> None:
+        """Take away what is left of a pod that nobody knows; `then` gets RemoteError, or None."""
+
+        def turn(done: Done) -> None:
+            def ended(outcome: Any) -> None:
+                then(outcome)
+                done()
+
+            self._jobs.start(tear_down, str(self._paths.pods / pod_id), on_done=ended)
+
+        self._serial.run(pod_id, turn)
 
     def inventory(self) -> list[str]:
         """Every pod that there is anything of."""

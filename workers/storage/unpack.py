@@ -17,7 +17,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import msgspec
 
@@ -26,6 +25,7 @@ from ipc.confine import confine
 from ipc.errors import Code, RemoteError
 
 from . import decompress
+from .content import CONTENT, Content
 from .decompress import HashedSource
 from .extract import Extractor
 from .report import Blob, LayerReport, Limits
@@ -154,11 +154,17 @@ def _bomb(text: str) -> RemoteError:
     return RemoteError(Code.RESOURCE_EXHAUSTED, text)
 
 
-def unpack(read: decompress.Read, root_fd: int, blob: Blob, limits: Limits) -> LayerReport:
+def unpack(
+    read: decompress.Read, root_fd: int, blob: Blob, limits: Limits, content: Content | None = None
+) -> LayerReport:
     """Unpack a blob below `root_fd` and check it against what it must be. Raises RemoteError."""
     source = HashedSource(_limited(read, blob), blob.digest.partition(":")[0])
     extractor = Extractor(
-        root_fd, max_entries=limits.max_entries, max_bytes=limits.max_bytes, lowest=blob.lowest
+        root_fd,
+        max_entries=limits.max_entries,
+        max_bytes=limits.max_bytes,
+        lowest=blob.lowest,
+        content=content,
     )
     pipeline = Pipeline(source, limits, blob.diff_id.partition(":")[0])
     try:
@@ -209,9 +215,9 @@ def _check(what: str, found: str | int, wanted: str | int) -> None:
 
 def unpack_child(pipe_fd: int, directory: str, blob: Blob, limits: Limits) -> None:
     """Body of the `unpack` process: lock in, unpack `pipe_fd` into `<directory>/diff`, leave a report in
-    `<directory>/report`. Raises RemoteError, OSError."""
+    `<directory>/report` and what was made in `<directory>/content`. Raises RemoteError, OSError."""
     _entitle(blob)
-    report_fd = os.open(Path(directory, "report"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    report_fd, content_fd = (_create(f"{directory}/{name}") for name in ("report", CONTENT))
     root = f"{directory}/diff"
     os.chown(root, limits.uid, limits.uid)
     threading.stack_size(THREAD_STACK)
@@ -220,7 +226,9 @@ def unpack_child(pipe_fd: int, directory: str, blob: Blob, limits: Limits) -> No
         log.get().warning("unpack child is confined less than it should be", lacking=lacking)
     os.umask(0)
     root_fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    report = unpack(lambda size: os.read(pipe_fd, size), root_fd, blob, limits)
+    content = Content()
+    report = unpack(lambda size: os.read(pipe_fd, size), root_fd, blob, limits, content)
+    _write_all(content_fd, content.data)
     _write_all(report_fd, msgspec.msgpack.encode(report))
 
 
@@ -263,6 +271,11 @@ def _entitle(blob: Blob) -> None:
     setproctitle(f"bulkhead: unpack {blob.chain_id.partition(':')[2][:12]}")
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+def _create(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def _write_all(fd: int, data: bytes | bytearray) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]

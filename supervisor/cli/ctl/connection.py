@@ -39,7 +39,7 @@ class Connection:
     def __init__(self, socket: str, run_root: str, timeout: float) -> None:
         self.timeout = timeout
         self.socket = socket.removeprefix("unix://")
-        self._run_root = run_root
+        self.run_root = run_root
         self._channel: grpc.Channel | None = None
         self._supervisor: Client | None = None
 
@@ -73,7 +73,7 @@ class Connection:
     def ask(self, request: Request[R]) -> R:
         """Ask the supervisor. Raises CtlError."""
         if self._supervisor is None:
-            self._supervisor = Client(f"{self._run_root}/ipc/supervisor.sock", timeout=self.timeout)
+            self._supervisor = Client(f"{self.run_root}/ipc/supervisor.sock", timeout=self.timeout)
         try:
             return self._supervisor.call(request)
         except RemoteError as error:

@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from ipc.cri import api_pb2 as cri
+from ipc.errors import Code, RemoteError
 from ipc.messages.supervisor import ConfigGet, ConfigReload, HostInfoGet, WorkerDump, WorkerList
+from supervisor.cli.checks import report
+from supervisor.cli.checks.running import Running
 from supervisor.cli.ctl.arguments import Commands, command
-from supervisor.cli.ctl.connection import REFUSED, Connection, CtlError
+from supervisor.cli.ctl.connection import REFUSED, UNREACHABLE, Connection, CtlError
 from supervisor.cli.ctl.output import as_data, size
 
 SERVICE = "bulkhead.service"
@@ -32,6 +35,8 @@ LOG_LINES = 20_000
 def register(commands: Commands) -> None:
     """Add this module's commands."""
     command(commands, "reload", reload, "Read the configuration again; say what changed")
+    checking = command(commands, "check", check, "Look whether everything is as it should be; mend it")
+    report.flags(checking)
     debug = command(commands, "debug", debug_worker, "Show where each thread of a kind's workers is")
     debug.add_argument("kind", help="such as cri; `bulkheadctl workers` names them all")
     pruning = command(commands, "prune", prune, "Remove images that no container uses, pinned ones excepted")
@@ -51,6 +56,14 @@ def reload(connection: Connection, _options: argparse.Namespace) -> int:
     for key in answer.refused:
         print(f"takes a restart: {key}")
     return 0
+
+
+def check(connection: Connection, options: argparse.Namespace) -> int:
+    try:
+        found = report.check(Running(connection.run_root), deep=options.deep, repair=options.repair)
+    except RemoteError as error:
+        raise CtlError(error.text, UNREACHABLE if error.code is Code.UNAVAILABLE else REFUSED) from error
+    return report.show(found, options.output)
 
 
 def debug_worker(connection: Connection, options: argparse.Namespace) -> int:
