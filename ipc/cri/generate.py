@@ -21,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PROTO = "ipc/cri/api.proto"
 GENERATED = ("api_pb2.py", "api_pb2.pyi", "api_pb2_grpc.py", "api_pb2_grpc.pyi")
 
+#: In a generated module: what brings protobuf in pure Python along, and what is there instead.
+OUR_BUILDER = (
+    ("from google.protobuf.internal import builder as _builder", "from ipc.cri import builder as _builder"),
+    ("from google.protobuf import descriptor_pool as _descriptor_pool\n", ""),
+    ("from google.protobuf import symbol_database as _symbol_database\n", ""),
+    ("_sym_db = _symbol_database.Default()\n", ""),
+    ("_descriptor_pool.Default()", "_builder.Default()"),
+)
+
 HEADER = '''"""Types of api_pb2_grpc.py; made by ipc/cri/generate.py, not by hand.
 
 Servicers are those of grpc.aio. The Async classes exist for type checkers only: see ipc/cri/rpc.py.
@@ -63,11 +72,12 @@ def complete_types(stub: Path) -> None:
 
 def use_our_builder(module: Path) -> None:
     """Build the classes by ipc/cri/builder.py, which takes less memory than protobuf's."""
-    theirs, ours = "from google.protobuf.internal import builder", "from ipc.cri import builder"
     text = module.read_text()
-    if theirs not in text:
-        raise RuntimeError(f"{module} does not import protobuf's builder")
-    module.write_text(text.replace(theirs, ours))
+    for theirs, ours in OUR_BUILDER:
+        if theirs not in text:
+            raise RuntimeError(f"{module} does not say {theirs.strip()!r}")
+        text = text.replace(theirs, ours)
+    module.write_text(text)
 
 
 def _compile(output: Path) -> FileDescriptorProto:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,13 @@ def test_package_and_syntax_are_those_of_the_table() -> None:
     assert FILE.package == TABLE["package"] == "runtime.v1"
     assert TABLE["syntax"] == "proto3"
     assert not any(field.has_presence for field in FILE.message_types_by_name["VersionRequest"].fields)
+
+
+def test_messages_need_nothing_of_protobuf_in_pure_python() -> None:
+    """It would be some megabytes in cri (ipc/cri/builder.py)."""
+    code = "import sys, ipc.cri.api_pb2, ipc.nri.nri_pb2; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {"google.protobuf.internal.python_message", "google.protobuf.text_format"} & {*loaded.split()}
 
 
 def test_messages_are_those_of_the_table() -> None:
