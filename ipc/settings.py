@@ -165,4 +165,11 @@ class NriSettings(Common):
 
 class OpsSettings(Common):
     listen: str = ""  # Unix socket of HTTP; bound by the supervisor, inherited
+    address: str = ""  # of HTTPS, the same
+    port: int = 0
+    tls_cert: str = ""  # PEM, with its chain
+    tls_key: str = ""
+    tls_client_ca: str = ""  # PEM; "" = clients need no certificate
+    tls_min_version: str = "1.2"  # or 1.3
+    tls_ciphers: list[str] = []
     idle_exit: float = 60.0

@@ -74,6 +74,11 @@ def ip_address(value: str) -> str:
     return ""
 
 
+def ip_address_or_empty(value: str) -> str:
+    """Check: an IP address, or nothing."""
+    return ip_address(value) if value else ""
+
+
 def expression(value: str) -> str:
     """Check: a regular expression."""
     try:
@@ -253,6 +258,20 @@ class OpsConfig:
     listen: str = key(
         "", "Unix socket of /metrics, /workers, /info; empty: <run_root>/ops.sock.", absolute_or_empty
     )
+    address: str = key(
+        "", "IP address where the same is served with TLS; empty: nowhere.", ip_address_or_empty
+    )
+    port: int = key(9537, "Its TCP port.", between(1, 65535))
+    tls_cert: str = key("", "Certificate with its chain, PEM; address needs it.", absolute_or_empty)
+    tls_key: str = key("", "Its key, PEM; empty: it is in the certificate's file.", absolute_or_empty)
+    tls_client_ca: str = key(
+        "",
+        "Authority of clients' certificates, PEM; empty: none are asked for, and only /metrics, /healthz and "
+        "/readyz are answered.",
+        absolute_or_empty,
+    )
+    tls_min_version: str = key("1.2", "1.2 or 1.3.", one_of("1.2", "1.3"))
+    tls_ciphers: list[str] = key([], "Of TLS 1.2, OpenSSL's names; empty: OpenSSL's choice.", _CIPHER)
 
 
 @dataclass(frozen=True)

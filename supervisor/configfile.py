@@ -281,10 +281,15 @@ def _check_whole(config: Config, found: list[Source]) -> None:
         )
     if os.path.commonpath([config.root, config.run_root]) in {config.root, config.run_root}:
         raise _whole(found, ("run_root",), "root and run_root must not lie in one another")
-    stream = config.stream
-    for name, value in (("tls_key", stream.tls_key), ("tls_client_ca", stream.tls_client_ca)):
-        if value and not stream.tls_cert:
-            raise _whole(found, ("stream", name), f"stream.{name} needs stream.tls_cert")
+    for table, name, value, cert in (
+        ("stream", "tls_key", config.stream.tls_key, config.stream.tls_cert),
+        ("stream", "tls_client_ca", config.stream.tls_client_ca, config.stream.tls_cert),
+        ("ops", "address", config.ops.address, config.ops.tls_cert),
+        ("ops", "tls_key", config.ops.tls_key, config.ops.tls_cert),
+        ("ops", "tls_client_ca", config.ops.tls_client_ca, config.ops.tls_cert),
+    ):
+        if value and not cert:
+            raise _whole(found, (table, name), f"{table}.{name} needs {table}.tls_cert")
     longest = f"{config.run_root}/monitors/{'0' * 64}/ctl.sock"
     if len(longest) > 107:
         raise _whole(

@@ -19,10 +19,12 @@ FIXED = (
     "listen",
     "cgroup_manager",
     "users",
-    "ops",
+    "ops.listen",  # the listeners are bound once
+    "ops.address",
+    "ops.port",
     "nri",
     "grpc",  # given to the gRPC server when it is made
-    "stream.address",  # the listener is bound once
+    "stream.address",  # as those of ops
     "stream.port",
     "cni.cache_dir",  # where the records of running pods are
 )

@@ -175,10 +175,14 @@ class Supervisor:
 
     def _bind(self, entry: Entry) -> Sockets:
         path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
-        stream = self.config.stream
-        http: dict[str, Place] = {"ops": self.config.ops.listen, "stream": (stream.address, stream.port)}
-        plugins = self._plugin_path() if entry.kind == "nri" else ""
-        return bind(entry, path, self.who, {"http": http.get(entry.kind, ""), "plugins": plugins})
+        stream, ops = self.config.stream, self.config.ops
+        http: dict[str, Place] = {"ops": ops.listen, "stream": (stream.address, stream.port)}
+        places: dict[str, Place] = {
+            "http": http.get(entry.kind, ""),
+            "https": (ops.address, ops.port) if ops.address else "",
+            "plugins": self._plugin_path() if entry.kind == "nri" else "",
+        }
+        return bind(entry, path, self.who, places)
 
     def _plugin_path(self) -> str:
         """Where plugins connect; another runtime's socket is not taken away from it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ipc import settings
 from supervisor.cgroup import instance_name
-from supervisor.config import Config, UsersConfig
+from supervisor.config import Config, OpsConfig, StreamConfig, UsersConfig
 from supervisor.configfile import ConfigError
 from supervisor.sandbox.spec import Identity
 from supervisor.table import ROOT_USER, Table
@@ -82,15 +82,15 @@ def sandbox_paths(config: Config) -> dict[str, str]:
         "registries_conf_dir": config.image.registries_conf_dir,
         "certs_dirs": ":".join(config.image.certs_dirs),
         "auth_file": config.image.auth_file,
-        "stream_tls": ":".join(tls_directories(config)),
+        "stream_tls": ":".join(tls_directories(config.stream)),
+        "ops_tls": ":".join(tls_directories(config.ops)),
     }
 
 
-def tls_directories(config: Config) -> list[str]:
-    """Where the files of the stream server's TLS are, and where those lie that they point at: whoever sees
-    these directories sees a file change."""
-    stream = config.stream
-    files = [path for path in (stream.tls_cert, stream.tls_key, stream.tls_client_ca) if path]
+def tls_directories(served: StreamConfig | OpsConfig) -> list[str]:
+    """Where the files of a server's TLS are, and where those lie that they point at: whoever sees these
+    directories sees a file change."""
+    files = [path for path in (served.tls_cert, served.tls_key, served.tls_client_ca) if path]
     return sorted({os.path.dirname(path) for file in files for path in (file, os.path.realpath(file))})
 
 
@@ -249,7 +249,9 @@ class Derivation:
 
     def _ops(self) -> settings.OpsSettings:
         return settings.OpsSettings(
-            **self._common(), listen=self._config.ops.listen, idle_exit=self._config.timeouts.idle_exit
+            **self._common(),
+            **dataclasses.asdict(self._config.ops),
+            idle_exit=self._config.timeouts.idle_exit,
         )
 
     def _nri(self) -> settings.NriSettings:

@@ -227,11 +227,12 @@ TABLE: Table = by_kind(
                 Bind("{run_root}/ipc/supervisor.sock"),
                 _LOG,
                 Bind("/proc"),
+                Bind("{ops_tls}", optional=True),
             ),
             rlimits={**WORKER_LIMITS, "NOFILE": 1024},
         ),
         limits=Limits(memory=256 * MIB, pids=64, cpu_weight=50),
-        extra=("http",),
+        extra=("http", "https"),  # TCP too comes from outside its empty network namespace
         stop_order=2,
     ),
     Entry(

@@ -5,8 +5,8 @@ and `report` reads back what holds. This module only declares; it touches no ker
 
 Paths are templates over the `paths` mapping that `enter` is given, so that several instances with
 directories of their own share one table. Keys in use: `root`, `run_root`, `bind_directory`,
-`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`, `stream_tls`. A value may name several
-paths, separated by ":": the entry then stands for each. An empty value drops the entry.
+`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`, `stream_tls`, `ops_tls`. A value may name
+several paths, separated by ":": the entry then stands for each. An empty value drops the entry.
 
 The entries that the table is made of (see docs/sandbox.md for the reason of every line):
 
@@ -31,7 +31,8 @@ The entries that the table is made of (see docs/sandbox.md for the reason of eve
     OPS = Sandbox(
         namespaces={"net", "mnt", "ipc", "uts"}, seccomp="ops", oom_score_adj=0,
         view=(*DEVICES, Bind("{run_root}/ipc/cri.sock"), Bind("{run_root}/ipc/supervisor.sock"),
-              Bind("{run_root}/ipc/log.sock", optional=True), Bind("/proc")),
+              Bind("{run_root}/ipc/log.sock", optional=True), Bind("/proc"),
+              Bind("{ops_tls}", optional=True)),
         rlimits={**WORKER_LIMITS, "NOFILE": 1024})
     STORAGE = Sandbox(
         namespaces={"net", "ipc", "uts"}, seccomp="storage", oom_score_adj=-900, landlock=False,

@@ -80,9 +80,15 @@ class Worker:
 
 @contextlib.contextmanager
 def started(
-    kind: str, settings: Callable[[Common], Common], host: Host, *, cri: bool = True
+    kind: str,
+    settings: Callable[[Common], Common],
+    host: Host,
+    *,
+    cri: bool = True,
+    https: socket.socket | None = None,
 ) -> Iterator[Worker]:
-    """A worker of `kind`, ended afterwards. Without `cri`, cri's socket is there and nobody answers."""
+    """A worker of `kind`, ended afterwards. Without `cri`, cri's socket is there and nobody answers. `https`:
+    the listener that it has besides."""
     ipc = host.run_root / "ipc"
     sockets = {
         name: _listening(str(ipc / f"{name}.sock"), UIDS[kind]) for name in (kind, "supervisor", "cri")
@@ -96,7 +102,8 @@ def started(
 
     def work() -> None:
         ours.close()
-        _work(kind, told, host, sockets[kind], theirs, http)
+        extra = {"http": http} if https is None else {"http": http, "https": https}
+        _work(kind, told, host, sockets[kind], theirs, extra)
 
     pid = _forked(work)
     theirs.close()
@@ -114,6 +121,7 @@ def started(
                 os.waitpid(child, 0)
         for sock in (*sockets.values(), http):
             sock.close()
+        os.unlink(http_path)
 
 
 def _listening(path: str, uid: int) -> socket.socket:
@@ -140,7 +148,7 @@ def _work(
     host: Host,
     listener: socket.socket,
     control_socket: socket.socket,
-    http: socket.socket,
+    extra: dict[str, socket.socket],
 ) -> None:
     boot = importlib.import_module("workers.boot")
     module = importlib.import_module(f"workers.{kind}.main")
@@ -150,7 +158,7 @@ def _work(
         log=Log(kind),
         listener=listener,
         control=control_socket,
-        extra={"http": http},
+        extra=extra,
     )
     boot.main(module, context, lambda: sandboxed.enter(kind, host))
 

@@ -51,6 +51,7 @@ class Host:
             "certs_dirs": f"{self.base}/certs.d:{self.base}/certs2.d",
             "auth_file": "",
             "stream_tls": f"{self.base}/tls",
+            "ops_tls": f"{self.base}/ops-tls",
         }
 
 

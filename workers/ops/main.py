@@ -1,12 +1,14 @@
 """Runs in: ops.
 
 The worker's life and its whole API: the paths that it answers. It takes no messages from other processes.
+On TCP it speaks TLS only, and whoever shows no certificate there is told little.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -15,9 +17,10 @@ import msgspec
 from ipc.errors import Code, RemoteError
 from ipc.release import version
 from ipc.settings import OpsSettings
+from ipc.tls import Certificates
 from workers import boot, boot_aio
 from workers.ops import http1, metrics
-from workers.ops.server import Below, HttpServer, Route
+from workers.ops.server import Below, Door, HttpServer, Route
 from workers.ops.snapshot import Snapshot, Sources
 
 #: Workers without which no pod can be run, and the states that say so.
@@ -26,14 +29,31 @@ SICK = frozenset({"starting", "backoff", "failed"})
 GRACE = 5.0  # seconds for those who are being answered when the worker is told to stop
 
 
-def prepare(_context: boot.Context[OpsSettings]) -> str:
-    """As root, before the sandbox: which release this is stands in a file."""
-    return version()
+#: What a scraper on TCP gets whom no certificate tells from anybody else.
+OPEN_PATHS = frozenset({"/metrics", "/healthz", "/readyz"})
 
 
-def run(context: boot.Context[OpsSettings], release: str) -> None:
+@dataclass(frozen=True)
+class Prepared:
+    """What is read before the sandbox shuts."""
+
+    release: str
+    certificates: Certificates
+
+
+def prepare(context: boot.Context[OpsSettings]) -> Prepared:
+    """As root, before the sandbox: the release stands in a file, and the key of TLS may be root's."""
+    certificates = Certificates(context.settings, context.log)
+    try:
+        certificates.context()
+    except OSError as error:  # the Unix socket needs none
+        context.log.error("no TLS: every client on TCP is refused", why=error)
+    return Prepared(version(), certificates)
+
+
+def run(context: boot.Context[OpsSettings], prepared: Prepared) -> None:
     """Inside the sandbox: answer until told to stop, or nobody asks any more."""
-    asyncio.run(_serve(context, release))
+    asyncio.run(_serve(context, prepared))
 
 
 class Pages:
@@ -121,20 +141,38 @@ def _json(body: dict[str, Any], snapshot: Snapshot) -> http1.Response:
     return http1.Response(msgspec.json.format(encoded, indent=1) + b"\n", "application/json", status)
 
 
-async def _serve(context: boot.Context[OpsSettings], release: str) -> None:
+def _doors(context: boot.Context[OpsSettings], certificates: Certificates) -> Iterator[Door]:
+    yield Door(context.extra["http"])
+    if "https" in context.extra:
+        yield Door(
+            context.extra["https"], certificates, None if context.settings.tls_client_ca else OPEN_PATHS
+        )
+
+
+def _reload(context: boot.Context[OpsSettings], service: boot_aio.AioService, settings: bytes) -> None:
+    """With other settings the next connection is for another worker."""
+    new = msgspec.msgpack.decode(settings, type=OpsSettings)
+    if msgspec.structs.replace(new, log_level=context.settings.log_level) != context.settings:
+        service.stop()
+
+
+async def _serve(context: boot.Context[OpsSettings], prepared: Prepared) -> None:
     sources = Sources(context.settings)
-    pages = Pages(sources, release)
-    server = HttpServer(pages.routes(), pages.below())
+    pages = Pages(sources, prepared.release)
+    server = HttpServer(pages.routes(), pages.below(), context.log)
     service = boot_aio.AioService(
         context,
         {},
         on_stop=lambda: server.close(GRACE),
+        on_reload=lambda settings: _reload(context, service, settings),
         busy=server.busy,
         idle_exit=context.settings.idle_exit,
     )
     server.failed.add_done_callback(lambda _failed: service.stop())
+    server.on_outdated = service.stop
     await service.start()
-    await server.start(context.extra["http"])
+    for door in _doors(context, prepared.certificates):
+        server.open(door)
     await service.wait()
     await sources.close()
     if server.failed.done():

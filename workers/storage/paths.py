@@ -15,13 +15,20 @@ Where storage keeps what, and which identifiers may become a file's name there.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import re
+import sys
 from pathlib import Path
 
 from ipc.errors import invalid
 
+#: The interpreter's own modules of hashes, by algorithm.
+_OWN = {
+    algorithm: importlib.import_module("_sha2" if sys.version_info >= (3, 12) else f"_{algorithm}")
+    for algorithm in ("sha256", "sha512")
+}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
@@ -41,10 +48,9 @@ def checked_digest(digest: str, what: str) -> str:
 
 
 def digest_of(data: bytes, algorithm: str = "sha256") -> str:
-    """OCI digest of `data`."""
-    import hashlib  # with OpenSSL behind it, a fifth of an idle worker's memory
-
-    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+    """OCI digest of `data`, which is small: by the interpreter's own code, for hashlib brings OpenSSL along,
+    a fifth of an idle worker's memory."""
+    return f"{algorithm}:{getattr(_OWN[algorithm], algorithm)(data).hexdigest()}"
 
 
 class Paths:

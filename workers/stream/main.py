@@ -15,9 +15,9 @@ from ipc.aio import Call
 from ipc.messages import stream
 from ipc.settings import StreamSettings
 from ipc.table import ROOT, Handler, table
+from ipc.tls import Certificates
 from workers import boot, boot_aio
 from workers.stream.server import StreamServer
-from workers.stream.tls import Certificates
 
 
 def prepare(context: boot.Context[StreamSettings]) -> Certificates:

@@ -23,9 +23,9 @@ from ipc.messages.cri import Redeemed, SessionOpen, TokenRedeem
 from ipc.messages.monitor import SessionOpened
 from ipc.messages.stream import SessionState
 from ipc.settings import StreamSettings
+from ipc.tls import Certificates
 from workers.stream import sessions, upgrade
 from workers.stream.sessions import Terms
-from workers.stream.tls import Certificates
 from workers.stream.upgrade import Asked, Refused, Upgrade
 from workers.stream.wire import Wire
 

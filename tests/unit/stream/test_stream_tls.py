@@ -9,8 +9,8 @@ import pytest
 
 from ipc.log import Log
 from ipc.settings import StreamSettings
+from ipc.tls import Certificates
 from tests.support.certificates import certificate
-from workers.stream.tls import Certificates
 
 
 def settings(cert: str, key: str) -> StreamSettings:

@@ -117,6 +117,9 @@ def test_drop_ins_win_in_lexical_order_and_flags_win_over_all(etc: Path) -> None
             "root = '/x'\nrun_root = '/x/y'\n",
             "bulkhead.toml:2: root and run_root must not lie in one another",
         ),
+        ("[ops]\naddress = '::'\n", "bulkhead.toml:2: ops.address needs ops.tls_cert"),
+        ("[ops]\naddress = 'here'\n", "bulkhead.toml:2: ops.address must be an IP address, not 'here'"),
+        ("[stream]\ntls_key = '/k'\n", "bulkhead.toml:2: stream.tls_key needs stream.tls_cert"),
         ("run_root = '/" + "x" * 60 + "'\n", "bulkhead.toml:1: run_root is too long"),
     ],
 )

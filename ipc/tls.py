@@ -1,6 +1,6 @@
-"""Runs in: stream.
+"""Runs in: stream, ops.
 
-The TLS side of the listener: certificates are read again when their files change, for the next connection.
+The TLS side of a listener: certificates are read again when their files change, for the next connection.
 """
 
 from __future__ import annotations
@@ -8,23 +8,37 @@ from __future__ import annotations
 import os
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ipc.log import Log
-from ipc.settings import StreamSettings
 
 SETTLE = 1.0  # seconds in which files that were seen to change may change again
-BLIND_AGE = 300.0
+BLIND_AGE = 300.0  # after which files that cannot be seen count as changed
+BARREN_AGE = 30.0  # after which a worker that could not read them makes room for another
 Seen = list[tuple[int, int, int]]
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+class Settings(Protocol):
+    """What is configured: paths of PEM files, "" for none; "1.2" or "1.3"; OpenSSL's names, of TLS 1.2."""
+
+    @property
+    def tls_cert(self) -> str: ...
+    @property
+    def tls_key(self) -> str: ...
+    @property
+    def tls_client_ca(self) -> str: ...
+    @property
+    def tls_min_version(self) -> str: ...
+    @property
+    def tls_ciphers(self) -> Sequence[str]: ...
 
 
 class Certificates:
     """Makes the context for a connection; None without TLS."""
 
-    def __init__(
-        self, settings: StreamSettings, log: Log, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, settings: Settings, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._log = log
         self._clock = clock
@@ -53,11 +67,13 @@ class Certificates:
         """True when a worker that starts now, as root, would have newer certificates than this one.
 
         Files that are only just being replaced are given a moment. Where the files cannot be seen, the
-        certificates count as old after a while.
+        certificates count as old after a while; where there never were any that could be read, too.
         """
-        if not self._settings.tls_cert or self._context is None:
+        if not self._settings.tls_cert:
             return False
         now = self._clock()
+        if self._context is None:
+            return now - self._since > BARREN_AGE
         try:
             seen = self._see()
         except OSError:
@@ -86,6 +102,7 @@ class Certificates:
     def _load(self) -> ssl.SSLContext:
         settings = self._settings
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.options |= ssl.OP_NO_RENEGOTIATION
         context.minimum_version = VERSIONS[settings.tls_min_version]
         if settings.tls_ciphers:
             context.set_ciphers(":".join(settings.tls_ciphers))
