@@ -8,7 +8,6 @@ It owns `<run_root>/monitors/`, but for what a monitor writes into its own direc
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -54,7 +53,7 @@ class Monitors:
         self._module = importlib.import_module(entry.module)  # preloaded
         self._nursery_settings = settings()
         self._nursery = nursery
-        nursery.add("monitor", self._live, self._prepare)
+        nursery.add("monitor", self._live, self._prepare, lambda pid, fds: held.write_holder(fds[0], pid))
         self._succession = Succession(ground, self._root, self._fork_successor)
         self.adopt = self._succession.adopt
 
@@ -103,21 +102,12 @@ class Monitors:
             self._nursery.close()
             self._nursery_settings = settings
         pid = self._nursery.fork(words, fds)
-        container_id, lock_fd = words[1], fds[0]
+        container_id = words[1]
         started = self._ground.loop.time()
         self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
-        held.write_holder(lock_fd, pid)
-        # Moving a process waits for an RCU grace period, 10 ms and more: meanwhile the monitor begins.
-        self._ground.loop.call_soon(lambda: self._place(pid))
         event = "monitor succeeded" if len(words) > SUCCESSOR else "monitor started"
         self._ground.log.info(event, container=container_id, pod=words[2], pid_of=pid)
         return pid
-
-    def _place(self, pid: int) -> None:
-        """Put a monitor into the monitors' group, if it lives."""
-        with contextlib.suppress(ProcessLookupError):
-            self._ground.groups.make(self._ground.groups.monitors)
-            self._ground.groups.enter(self._ground.groups.monitors, pid)
 
     def _prepare(self) -> None:
         """In the nursery."""

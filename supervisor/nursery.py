@@ -3,7 +3,9 @@
 Every page that the supervisor writes between two forks is one that those forked before do not share with
 those after. The nursery is forked when the first of them is wanted, has made ready what all need, and
 executes nothing but its few lines; its children share nearly everything. It forks twice, so that they are
-the supervisor's children. It ends with the supervisor; when it fails, the next that is wanted gets a new one.
+the supervisor's children. It lives in the monitors' group, so that no monitor is ever in another: whoever
+kills everything in the service's groups at any moment kills none. It ends with the supervisor; when it fails,
+the next that is wanted gets a new one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from ipc.log import Log
 from supervisor import spawn
 from supervisor.worker import Ground
 
-ANSWER_TIMEOUT = 10.0  # seconds; the supervisor waits for it
+FIRST_TIMEOUT = 10.0  # seconds until the first answer, for which it makes itself ready
+ANSWER_TIMEOUT = 2.0  # seconds until any other; the supervisor waits for it, and so does everybody else
+LAST_WORD = 1.0  # seconds that a child has, which a nursery forked just before it was killed
 WORDS_LIMIT = 4096
 _PID_LIMIT = 16
 _ROOM = socket.CMSG_SPACE(3 * struct.calcsize("i"))
@@ -29,6 +33,12 @@ _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 #: What a child does, with the words and the two or three descriptors of its request.
 Life = Callable[[Sequence[str], Sequence[int]], object]
+#: What is done, in a process of its own, before a child begins: with its pid, and the descriptors.
+Birth = Callable[[int, Sequence[int]], object]
+
+
+def _nothing(_pid: int, _fds: Sequence[int]) -> None:
+    """No birth needs a word."""
 
 
 class Nursery:
@@ -37,21 +47,24 @@ class Nursery:
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self._prepares: list[Callable[[], object]] = []
-        self._lives: dict[str, Life] = {}
+        self._lives: dict[str, tuple[Birth, Life]] = {}
+        self._ready = False  # it has answered once
         self._sock: socket.socket | None = None
         self.pid = 0
 
-    def add(self, kind: str, life: Life, prepare: Callable[[], object]) -> None:
-        """Before the first fork: what children of a kind do, and in the nursery what makes them ready.
+    def add(self, kind: str, life: Life, prepare: Callable[[], object], birth: Birth = _nothing) -> None:
+        """Before the first fork: what children of a kind do, in the nursery what makes them ready, and
+        between the two forks what nobody may find undone, whoever dies.
 
         What prepares last leaves its children the smallest.
         """
-        self._lives[kind] = life
+        self._lives[kind] = birth, life
         self._prepares.append(prepare)
 
     def fork(self, words: Sequence[str], fds: Sequence[int]) -> int:
         """Return the pid of a new child, whose kind is the first of the words. Raises OSError."""
-        pid = self._ask(words, fds) or self._ask(words, fds)  # one that is dead gets a successor at once
+        # One that is dead, or that hangs, gets a successor at once.
+        pid = self._ask(words, fds) or self._ask(words, fds)
         if not pid:
             raise OSError("two nurseries died over a request")
         return pid
@@ -62,15 +75,25 @@ class Nursery:
         try:
             rights = struct.pack(f"{len(fds)}i", *fds)
             sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            if not select.select([sock], [], [], ANSWER_TIMEOUT)[0]:
-                self.kill()
-                raise TimeoutError("the nursery does not answer")
-            answer = sock.recv(_PID_LIMIT)
+            answer = self._answer(sock)
         except (BrokenPipeError, ConnectionResetError):
             answer = b""
         if not answer:
             self.close()
         return int(answer or 0)
+
+    def _answer(self, sock: socket.socket) -> bytes:
+        """Return the nursery's answer, b"" if it has died."""
+        patience = ANSWER_TIMEOUT if self._ready else FIRST_TIMEOUT
+        if not select.select([sock], [], [], patience)[0]:
+            self._ground.log.warning("nursery hangs and is killed", pid_of=self.pid, seconds=patience)
+            os.kill(self.pid, signal.SIGKILL)
+            # It forks no more. A child that it has forked says its number now, or has no socket.
+            if not select.select([sock], [], [], LAST_WORD)[0]:
+                self.close()
+                raise TimeoutError("the nursery does not answer")
+        self._ready = True
+        return sock.recv(_PID_LIMIT)
 
     def kill(self) -> None:
         """End it though it hangs."""
@@ -95,11 +118,18 @@ class Nursery:
 
         with theirs:
             child = spawn.fork(spawn.Job("bulkhead: nursery", work, log, [theirs.fileno()]))
-        self.pid = child.pid
+        self.pid, self._ready = child.pid, False
         self._ground.reaper.watch(child.pid, lambda code: self._ended(child.pid, code))
+        self._place(child.pid)
         child.open_gate()
         self._sock = ours
         return ours
+
+    def _place(self, pid: int) -> None:
+        groups = self._ground.groups
+        groups.make(groups.monitors)
+        with contextlib.suppress(ProcessLookupError):
+            groups.enter(groups.monitors, pid)
 
     def _ended(self, pid: int, code: int) -> None:
         self._ground.log.warning("nursery ended", pid_of=pid, code=code)
@@ -115,7 +145,10 @@ class Nursery:
 
 
 def _nurse(
-    sock: socket.socket, prepares: Sequence[Callable[[], object]], lives: Mapping[str, Life], log: Log
+    sock: socket.socket,
+    prepares: Sequence[Callable[[], object]],
+    lives: Mapping[str, tuple[Birth, Life]],
+    log: Log,
 ) -> None:
     """The nursery's life: one request after the other, until the supervisor closes.
 
@@ -139,13 +172,24 @@ def _nurse(
             continue
         status = spawn.BUG_STATUS
         try:
-            if bare_fork():
-                os._exit(0)
-            send(b"%d" % os.getpid())
-            os.close(sock_fd)
             words = data.decode().split("\0")
-            lives[words[0]](words, fds)
+            birth, life = lives[words[0]]
+            gate, opener = os.pipe()
+            pid = bare_fork()
+            if pid:
+                os.close(sock_fd)  # if this process dies, nobody answers
+                birth(pid, fds)
+                os.write(opener, b".")
+                os._exit(0)
+            os.close(opener)
+            if os.read(gate, 1):
+                send(b"%d" % os.getpid())
+                os.close(gate)
+                os.close(sock_fd)
+                life(words, fds)
             status = 0
+        except BrokenPipeError:  # nobody waits for it any more
+            status = spawn.GATE_STATUS
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
             log.bug("process ended by a bug", error)
         finally:

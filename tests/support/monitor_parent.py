@@ -46,6 +46,18 @@ class Parent:
     def watch(self, _pid: int, _callback: object) -> None:
         """Children are not reaped here."""
 
+    @property
+    def groups(self) -> Parent:
+        return self
+
+    monitors = ""
+
+    def make(self, _group: str) -> None:
+        """There are no groups."""
+
+    def enter(self, _group: str, _pid: int) -> None:
+        """Nor members."""
+
 
 def start(context: Context, container_id: str, nursery: Nursery) -> int:
     """Have one monitor forked, return its pid."""
