@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := python3 python3-venv crun runc containernetworking-plugins iptables nftables iproute2 \
 	util-linux procps kmod attr libcap2-bin docker-registry skopeo umoci busybox-static apache2-utils \
-	openssl strace gcc libc6-dev
+	openssl gpg gpgv gpg-agent strace gcc libc6-dev
 VM_PACKAGES := user-mode-linux mmdebstrap e2fsprogs systemd-container
 PACKAGING_PACKAGES := debhelper dpkg-dev fakeroot binutils lintian rpm rpmlint mandoc zsh fish bash-completion
 BENCH_PACKAGES := conmon containerd podman

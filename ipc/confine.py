@@ -43,6 +43,15 @@ LISTS = {
             conditional=calls.CONDITIONAL,
             missing=calls.MISSING,
         ),
+        seccomp.Policy(
+            name="verify",  # executes programs, which read and write files and speak to nobody
+            denied=calls.DANGEROUS
+            | calls.ARCHIVE_FILES - {"chdir", "fchdir"}
+            | {"bpf", "unshare", "setns", "mount", "umount2", "chroot", "pivot_root"}
+            | {"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4"},
+            missing=calls.MISSING,
+            open_list=True,
+        ),
     )
 }
 

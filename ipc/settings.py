@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from ipc.messages import Body
+from ipc.trust import Trust
 
 #: Groups of CRI's metrics that can be chosen (workers/cri/stats/descriptors.py).
 POD_METRICS = (
@@ -65,6 +66,7 @@ class CriSettings(Common):
     default_cgroup_parent: str = ""
     pause_image: str = ""
     pinned_images: list[str] = []
+    policy_namespaces: list[str] = []  # whose pods have a signature policy of their own
     default_capabilities: list[str] = []
     default_env: list[str] = []
     default_sysctls: dict[str, str] = {}
@@ -90,6 +92,7 @@ class ImageSettings(Common):
         default_factory=lambda: ["/etc/containers/certs.d", "/etc/docker/certs.d"]
     )
     auth_file: str = ""
+    trust: Trust = Trust()
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
     max_manifest_bytes: int = 4 * 1024 * 1024

@@ -190,6 +190,22 @@ class ImageConfig:
     auth_file: str = key(
         "", "Credentials (docker config.json) used when a request has none.", absolute_or_empty
     )
+    policy: str = key(
+        "/etc/containers/policy.json",
+        "Signature policy (containers-policy.json); without this very file anything may be pulled, "
+        "another one must be there.",
+        absolute,
+    )
+    policy_dir: str = key(
+        "/etc/bulkhead/policies",
+        "NAMESPACE.json: policies for pods of a Kubernetes namespace.",
+        absolute_or_empty,
+    )
+    registries_d: str = key(
+        "/etc/containers/registries.d",
+        "Where signatures are (containers-registries.d).",
+        absolute_or_empty,
+    )
     pause_image: str = key("", "Runs as each pod's sandbox container; empty: pods have and need none.")
     pinned_images: list[str] = key([], "Never removed by the kubelet: exact names, foo*, *foo*.")
     max_manifest_bytes: int = key(4 * 1024 * 1024, "Largest manifest that is read.", at_least(4096))

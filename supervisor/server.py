@@ -50,6 +50,8 @@ from supervisor.settings import (
 from supervisor.sockets import Place, Sockets, bind, listen, publish, taken
 from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
+from supervisor.trust import load as load_trust
+from supervisor.trust import unsupported
 from supervisor.worker import Ground, Phase
 
 Reread = Callable[[], Config]
@@ -60,6 +62,7 @@ class Supervisor:
 
     def __init__(self, config: Config, notifier: Notifier, reread: Reread, table: Table = TABLE) -> None:
         self.config = config
+        self.trust = load_trust(config.image)
         wanted = {kind: entry for kind, entry in table.items() if kind != "nri" or config.nri.enable}
         self.table = {kind: _sized(entry, config) for kind, entry in wanted.items()}
         self.who = identities(config.users, table)
@@ -117,7 +120,7 @@ class Supervisor:
             reaper=self.reaper,
             groups=self.groups,
             timeouts=config.timeouts,
-            paths=sandbox_paths(config),
+            paths=sandbox_paths(config, self.trust),
             log_socket=f"{config.run_root}/ipc/log.sock",
             drains=drains,
         )
@@ -171,7 +174,7 @@ class Supervisor:
         )
 
     def _derive(self) -> Derivation:
-        return Derivation(self.config, self.who, self._stream_port, self._nri_worker)
+        return Derivation(self.config, self.who, self._stream_port, self._nri_worker, self.trust)
 
     def _bind(self, entry: Entry) -> Sockets:
         path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
@@ -217,6 +220,7 @@ class Supervisor:
         self.loop.call_soon(self.monitors.adopt)
         for sentence in self.groups.degraded:
             self.log.warning("degraded", lacks=sentence)
+        self._warn_of_policy()
         self.probe.when_done(self._probed)
         self.announcer.start()
 
@@ -320,6 +324,11 @@ class Supervisor:
 
     def _take(self, wanted: Config) -> ConfigReloaded:
         change = reload.change(self.config, wanted)
+        trust = load_trust(change.config.image)
+        if trust != self.trust and "image.policy" not in change.taken:
+            change.taken.append("image.policy")  # what the files say that it names
+        self.trust = trust
+        self._warn_of_policy()
         for key in change.refused:
             self.log.warning("this key takes a restart", key=key)
         self.config = config = change.config
@@ -327,7 +336,7 @@ class Supervisor:
         self.writer.configure(config.log_format, config.log_filter)
         if "log_level" in change.taken:
             self.log.info("monitors that run keep their log level")
-        self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config)
+        self.ground.timeouts, self.ground.paths = config.timeouts, sandbox_paths(config, trust)
         self.inits.default_parent = default_cgroup_parent(config)
         self._derivation = self._derive()
         if hostinfo.PROBED & set(change.taken):
@@ -339,6 +348,10 @@ class Supervisor:
             kind.reload(self._derivation.of(kind.entry.kind))
         self.log.info("configuration reloaded", changed=" ".join(change.taken) or "nothing")
         return ConfigReloaded(changed=change.taken, refused=change.refused)
+
+    def _warn_of_policy(self) -> None:
+        for sentence in unsupported(self.trust):
+            self.log.warning("not supported", what=sentence)
 
     def config_text(self) -> str:
         """The configuration in force, as a file would say it."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ipc import settings
+from ipc.trust import Trust
 from supervisor.cgroup import instance_name
 from supervisor.config import Config, OpsConfig, StreamConfig, UsersConfig
 from supervisor.configfile import ConfigError
@@ -22,6 +23,7 @@ from supervisor.table import ROOT_USER, Table
 #: Users when there are none of the name bulkhead-<kind>: it runs from a clone with nothing set up.
 FIXED_UIDS = {"cri": 64101, "image": 64102, "stream": 64103, "ops": 64104, "init": 64105, "nri": 64106}
 ROOT = Identity(0, 0)
+ANYTHING = Trust()  # may be pulled
 
 
 def identities(users: UsersConfig, table: Table) -> dict[str, Identity]:
@@ -72,7 +74,7 @@ def bind_directory(config: Config) -> str:
     return os.path.join(directory, f".{name}.bind")
 
 
-def sandbox_paths(config: Config) -> dict[str, str]:
+def sandbox_paths(config: Config, trust: Trust = ANYTHING) -> dict[str, str]:
     """Return the values of the templates in supervisor/sandbox/spec.py."""
     return {
         "root": config.root,
@@ -82,6 +84,7 @@ def sandbox_paths(config: Config) -> dict[str, str]:
         "registries_conf_dir": config.image.registries_conf_dir,
         "certs_dirs": ":".join(config.image.certs_dirs),
         "auth_file": config.image.auth_file,
+        "signatures": ":".join(trust.directories()),
         "stream_tls": ":".join(tls_directories(config.stream)),
         "ops_tls": ":".join(tls_directories(config.ops)),
     }
@@ -105,16 +108,22 @@ class Derivation:
     """Makes the settings of each kind.
 
     `stream_port`: what the stream server's listener is bound to. `nri_worker`: the pid of the nri worker that
-    is ready, 0 for none, since cri calls nobody who is not there.
+    is ready, 0 for none, since cri calls nobody who is not there. `trust`: what may be pulled.
     """
 
     def __init__(
-        self, config: Config, who: Mapping[str, Identity], stream_port: int = 0, nri_worker: int = 0
+        self,
+        config: Config,
+        who: Mapping[str, Identity],
+        stream_port: int = 0,
+        nri_worker: int = 0,
+        trust: Trust = ANYTHING,
     ) -> None:
         self._config = config
         self._who = who
         self._stream_port = stream_port or config.stream.port
         self._nri_worker = nri_worker
+        self._trust = trust
         self._makers: dict[str, Callable[[], settings.Common]] = {
             "cri": self._cri,
             "image": self._image,
@@ -161,6 +170,7 @@ class Derivation:
             default_cgroup_parent=default_cgroup_parent(config),
             pause_image=config.image.pause_image,
             pinned_images=config.image.pinned_images,
+            policy_namespaces=sorted(self._trust.namespaces),
             default_capabilities=config.containers.default_capabilities,
             default_env=config.containers.default_env,
             default_sysctls=config.containers.default_sysctls,
@@ -187,6 +197,7 @@ class Derivation:
             registries_conf_dir=image.registries_conf_dir,
             certs_dirs=image.certs_dirs,
             auth_file=image.auth_file,
+            trust=self._trust,
             connect_timeout=timeouts.registry_connect,
             read_timeout=timeouts.registry_read,
             max_manifest_bytes=image.max_manifest_bytes,

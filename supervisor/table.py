@@ -182,6 +182,7 @@ TABLE: Table = by_kind(
                 Bind("{registries_conf_dir}", optional=True),
                 Bind("{certs_dirs}", optional=True),
                 Bind("{auth_file}", optional=True),
+                Bind("{signatures}", optional=True),
             ),
             rlimits=WORKER_LIMITS,
         ),

@@ -49,14 +49,18 @@ class Resolved(Body):
 
 @request("image.manifest.resolve", reply=Resolved, idempotent=True)
 class ManifestResolve(Request[Resolved]):
-    """Find the manifest for this platform. NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED (denied, blocked),
-    UNAVAILABLE with reason RegistryUnavailable, INVALID_ARGUMENT for a manifest that is none."""
+    """Find the manifest for this platform. NOT_FOUND, UNAUTHENTICATED, PERMISSION_DENIED (denied, blocked;
+    with reason SignatureValidationFailed: refused by the signature policy), UNAVAILABLE with reason
+    RegistryUnavailable, INVALID_ARGUMENT for a manifest that is none.
+
+    `namespace`: of the pod that the image is for, if that namespace has a policy of its own."""
 
     reference: str
     auth: Auth | None = None
     architecture: str = ""  # "" = this machine's
     os: str = "linux"
     variant: str = ""
+    namespace: str = ""
 
 
 class Progress(Body):

@@ -221,9 +221,19 @@ def _config(options: argparse.Namespace) -> int:
         print(render(Config()), end="")
         return 0
     found = _effective(options)
-    if not options.check:
+    if options.check:
+        _check_trust(found.config)
+    else:
         print(render(found.config, found.origin), end="")
     return 0
+
+
+def _check_trust(config: Config) -> None:
+    """Read what may be pulled. Raises ConfigError; what can be read but not met is said."""
+    from supervisor.trust import load, unsupported
+
+    for sentence in unsupported(load(config.image)):
+        print(f"bulkhead: {sentence}", file=sys.stderr)
 
 
 def _info(options: argparse.Namespace) -> int:

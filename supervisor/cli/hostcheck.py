@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ipc.capabilities import NAMES, effective
-from supervisor import cgroup
+from supervisor import cgroup, trust
 from supervisor.config import Config, RuntimeConfig, crun_refuses_host
+from supervisor.configfile import ConfigError
 from supervisor.files import find_program
 from supervisor.hostinfo import version_of
 from supervisor.sandbox import landlock
@@ -247,6 +248,23 @@ def _networks(config: Config) -> Iterator[Finding]:
     )
 
 
+def _policy(config: Config) -> Iterator[Finding]:
+    try:
+        found = trust.load(config.image)
+    except ConfigError as error:
+        yield Finding("image policy", "missing", str(error), "the service does not start with it")
+        return
+    if found.policy is None and not found.namespaces:
+        text = f"no {config.image.policy}"
+        yield Finding("image policy", "ok", f"{text}: images need no signature")
+        return
+    lacking = trust.unsupported(found)
+    needs = [name for name, program in (("OpenPGP", found.gpgv), ("sigstore", found.openssl)) if program]
+    what = f"{config.image.policy}: {' and '.join(needs) or 'no'} signatures"
+    spaces = f"; {len(found.namespaces)} namespaces with their own" if found.namespaces else ""
+    yield Finding("image policy", "limited" if lacking else "ok", what + spaces, "; ".join(lacking))
+
+
 def _extras(_config: Config) -> Iterator[Finding]:
     criu = find_program("criu")
     works = _run(criu, "check") is not None if criu else False
@@ -271,5 +289,6 @@ QUESTIONS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _security,
     _runtimes,
     _networks,
+    _policy,
     _extras,
 )

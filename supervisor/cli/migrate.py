@@ -15,6 +15,7 @@ from typing import Any
 
 from supervisor.configfile import KeyPath, find_line, merge
 from supervisor.configtext import literal
+from supervisor.trust import DEFAULT_POLICY
 
 HEAD = "# Made by `bulkhead migrate` out of {files}. What is not here has Bulkhead's default.\n"
 SUFFIXES = {"s": 1.0, "m": 60.0, "h": 3600.0, "ms": 0.001}
@@ -131,6 +132,11 @@ def version(value: str) -> str:
     return found
 
 
+def policy(value: str) -> str:
+    """None named is that of the host."""
+    return value or DEFAULT_POLICY
+
+
 #: crio's key -> our key, and how the value changes
 CRIO: Mapping[str, tuple[str, Convert]] = {
     "crio.runtime.default_runtime": ("default_runtime", same),
@@ -146,6 +152,8 @@ CRIO: Mapping[str, tuple[str, Convert]] = {
     "crio.image.pause_image": ("image.pause_image", same),
     "crio.image.pinned_images": ("image.pinned_images", same),
     "crio.image.global_auth_file": ("image.auth_file", same),
+    "crio.image.signature_policy": ("image.policy", policy),
+    "crio.image.signature_policy_dir": ("image.policy_dir", same),
     "crio.network.cni_default_network": ("cni.default_network", same),
     "crio.network.network_dir": ("cni.conf_dir", str),
     "crio.network.plugin_dirs": ("cni.bin_dirs", same),
@@ -185,7 +193,6 @@ ADVICE: Mapping[str, str] = {
     "crio.runtime.pinns_path": "the worker `network` pins namespaces",
     "crio.runtime.namespaces_dir": "namespaces are pinned below `run_root`",
     "crio.image.insecure_registries": "use registries.conf, which is read too",
-    "crio.image.signature_policy": "what is pulled is verified by its digest, signatures are not",
     "crio.metrics": "metrics are served at `ops.listen`",
     "crio.nri": "see docs/coming-from-crio.md",
     "crio.tracing": "slow requests are in the log, with the stage they are in",

@@ -5,8 +5,9 @@ and `report` reads back what holds. This module only declares; it touches no ker
 
 Paths are templates over the `paths` mapping that `enter` is given, so that several instances with
 directories of their own share one table. Keys in use: `root`, `run_root`, `bind_directory`,
-`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`, `stream_tls`, `ops_tls`. A value may name
-several paths, separated by ":": the entry then stands for each. An empty value drops the entry.
+`registries_conf`, `registries_conf_dir`, `certs_dirs`, `auth_file`, `signatures`, `stream_tls`, `ops_tls`. A
+value may name several paths, separated by ":": the entry then stands for each. An empty value drops the
+entry.
 
 The entries that the table is made of (see docs/sandbox.md for the reason of every line):
 
@@ -22,7 +23,8 @@ The entries that the table is made of (see docs/sandbox.md for the reason of eve
         namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="image", tcp={"connect"}, oom_score_adj=-500,
         view=(*DEVICES, *NAME_SERVICE, *TRUST, Bind("{run_root}/ipc/log.sock", optional=True),
               Bind("{registries_conf}", optional=True), Bind("{registries_conf_dir}", optional=True),
-              Bind("{certs_dirs}", optional=True), Bind("{auth_file}", optional=True)),
+              Bind("{certs_dirs}", optional=True), Bind("{auth_file}", optional=True),
+              Bind("{signatures}", optional=True)),
         rlimits=WORKER_LIMITS)
     STREAM = Sandbox(
         namespaces={"mnt", "ipc", "uts", "cgroup"}, seccomp="stream", tcp={"bind"}, oom_score_adj=-500,

@@ -16,6 +16,7 @@ from tests.support import machine
 from tests.support.daemon import PLUGINS, Node, wait_for
 from tests.support.images import served
 from tests.support.kubelet import Kubelet, refusal
+from tests.support.signing import Gpg, claim, put
 
 
 class ConfiguredNode(Node):
@@ -160,13 +161,47 @@ def test_networks_and_registries_are_read_from_other_places(kubelet: Kubelet) ->
     wait_for(lambda: not refused_pull(kubelet), "the registry is open again")
 
 
-def refused_pull(kubelet: Kubelet) -> str:
-    request = pb.PullImageRequest(image=pb.ImageSpec(image=kubelet.name("larger")))
+def refused_pull(kubelet: Kubelet, *, image: str = "larger", namespace: str = "") -> str:
+    pod = pb.PodSandboxConfig(metadata=pb.PodSandboxMetadata(namespace=namespace))
+    request = pb.PullImageRequest(image=pb.ImageSpec(image=kubelet.name(image)), sandbox_config=pod)
     try:
         kubelet.node.images.PullImage(request, timeout=30)
     except grpc.RpcError as error:
         return str(error)
     return ""
+
+
+def test_a_signature_policy_holds_from_the_reload_on_and_kubelets_see_why(kubelet: Kubelet) -> None:
+    node, where = kubelet.node, kubelet.images.address
+    policy, policies = node.root / "policy.json", node.root / "policies"
+    policies.mkdir()
+    files = f'[image]\npolicy = "{policy}"\npolicy_dir = "{policies}"\n'
+    files += f'registries_d = "{node.root}/registries.d"\n[timeouts]\nidle_exit = 1.0\n'
+    policy.write_text('{"default": [{"type": "reject"}]}')
+    reload(node, files, 'msg="configuration reloaded"', "image.policy ")
+    said = refused_pull(kubelet)
+    assert "StatusCode.UNKNOWN" in said
+    assert 'details = "SignatureValidationFailed: ' in said
+    policy.write_text('{"default": [{"type": "accept"}]}')
+    reload(node, files, 'msg="configuration not reloaded"', f"{policy}: default[0]: Invalid value 'accept'")
+    assert "are rejected" in refused_pull(kubelet)
+    with Gpg() as gpg:
+        (node.root / "key.gpg").write_bytes(gpg.key("builder"))
+        signature = gpg.sign("builder", claim(kubelet.images.larger_digest, kubelet.name("larger")))
+    put(node.root / "signatures", "test/larger", kubelet.images.larger_digest, signature)
+    (node.root / "registries.d").mkdir()
+    (node.root / "registries.d" / "all.yaml").write_text(
+        f"docker: {{'{where}': {{lookaside: 'file://{node.root}/signatures'}}}}"
+    )
+    signed = f'{{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "{node.root}/key.gpg"}}'
+    policy.write_text(f'{{"default": [{signed}]}}')
+    (policies / "closed.json").write_text('{"default": [{"type": "reject"}]}')
+    reload(node, files, "changed=image.policy", *taken("cri"))
+    wait_for(lambda: not refused_pull(kubelet), "a worker verifies the signature")
+    assert "are rejected" in refused_pull(kubelet, namespace="closed")
+    assert not refused_pull(kubelet, namespace="open")
+    unsigned = refused_pull(kubelet, image="busybox")
+    assert "requires a signature (OpenPGP), and there is none" in unsigned
 
 
 def test_a_fault_changes_nothing_and_a_fixed_key_is_said_to_be_one(kubelet: Kubelet) -> None:

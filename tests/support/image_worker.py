@@ -40,7 +40,7 @@ class Worker:
         self.settings = ImageSettings(
             root=paths["root"],
             run_root=paths["run_root"],
-            uids={UIDS["cri"]: "cri", UIDS["ops"]: "ops"},
+            uids={UIDS["cri"]: "cri", UIDS["ops"]: "ops", UIDS["image"]: "image"},
             registries_conf=paths["registries_conf"],
             registries_conf_dir=paths["registries_conf_dir"],
             certs_dirs=paths["certs_dirs"].split(":"),

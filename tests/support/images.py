@@ -22,6 +22,7 @@ class Served:
     address: str
     busybox: str
     larger: str
+    larger_digest: str
     registries_conf: str
     registry: Registry  # to push more to
 
@@ -34,11 +35,12 @@ def served(*, larger_files: int = 200) -> Iterator[Served]:
         Registry(Path(directory)) as registry,
     ):
         push(registry, "test/busybox", "1", busybox_image())
-        push(registry, "test/larger", "1", _larger(larger_files))
+        digest = push(registry, "test/larger", "1", _larger(larger_files))
         yield Served(
             registry.address,
             f"{registry.address}/test/busybox:1",
             f"{registry.address}/test/larger:1",
+            digest,
             f'[[registry]]\nlocation = "{registry.address}"\ninsecure = true\n',
             registry,
         )

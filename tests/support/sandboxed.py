@@ -50,6 +50,7 @@ class Host:
             "registries_conf_dir": f"{self.base}/registries.conf.d",
             "certs_dirs": f"{self.base}/certs.d:{self.base}/certs2.d",
             "auth_file": "",
+            "signatures": f"{self.base}/signatures",
             "stream_tls": f"{self.base}/tls",
             "ops_tls": f"{self.base}/ops-tls",
         }

@@ -1,9 +1,10 @@
 """Runs in: cri. PullImage: who downloads and who unpacks are introduced to each other, layer by layer.
 
 The image worker writes a blob into the pipe that storage's unpack child reads; the bytes never come here.
-Pulls of the same reference with the same credentials are one; layers are shared between all pulls by their
-chain id. A layer whose worker died on the way is begun again; layers that are there are skipped. Owns the
-running pulls and their progress, nothing durable: a layer exists whole or not at all.
+Pulls of the same reference with the same credentials and signature policy are one; layers are shared
+between all pulls by their chain id. A layer whose worker died on the way is begun again; layers that are
+there are skipped. Owns the running pulls and their progress, nothing durable: a layer exists whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Pull:
 
     reference: str
     started_at_ns: int
+    namespace: str = ""  # if it has a signature policy of its own
     layers: list[Layer] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)  # chain id -> bytes on disk, of layers that are done
 
@@ -78,7 +80,7 @@ class Pulls:
     def __init__(self, node: Node, images: Images) -> None:
         self._node = node
         self._images = images
-        self._running: dict[tuple[str, str], Pull] = {}
+        self._running: dict[tuple[str, str, str], Pull] = {}
         self._jobs: dict[str, LayerJob] = {}
         self.succeeded = 0
         self.failures: Counter[str] = Counter()  # by the error's code
@@ -127,14 +129,18 @@ class Pulls:
 
     # -- one pull -------------------------------------------------------------------------------------
 
-    async def pull(self, spec: pb.ImageSpec, auth: Auth | None) -> str:
-        """Pull an image and return its id. Raises RemoteError with the registry's or the archive's fault."""
+    async def pull(self, spec: pb.ImageSpec, auth: Auth | None, namespace: str = "") -> str:
+        """Pull an image, for a pod of a namespace, and return its id.
+
+        Raises RemoteError with the registry's, the policy's or the archive's fault.
+        """
         text = asked(spec)
-        key = (text, fingerprint(auth))
+        namespace = namespace if namespace in self._node.settings.policy_namespaces else ""
+        key = (text, fingerprint(auth), namespace)
         return await self._node.operations.run(("image.pull", *key), lambda: self._counted(key, auth))
 
-    async def _counted(self, key: tuple[str, str], auth: Auth | None) -> str:
-        pull = self._running[key] = Pull(key[0], time.time_ns())
+    async def _counted(self, key: tuple[str, str, str], auth: Auth | None) -> str:
+        pull = self._running[key] = Pull(key[0], time.time_ns(), key[2])
         self._note_change()
         begun = time.monotonic()
         try:
@@ -166,7 +172,7 @@ class Pulls:
         return await self._pull_one(pull, candidates[-1], auth)
 
     async def _pull_one(self, pull: Pull, reference: str, auth: Auth | None) -> str:
-        request = image_messages.ManifestResolve(reference=reference, auth=auth)
+        request = image_messages.ManifestResolve(reference=reference, auth=auth, namespace=pull.namespace)
         resolved = await self._node.peers.image.call(request, timeout=RESOLVE_TIMEOUT)
         try:
             return await self._store(pull, resolved, auth)

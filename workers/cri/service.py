@@ -196,7 +196,8 @@ class Service:
     async def pull_image(self, _rpc: Rpc, request: pb.PullImageRequest) -> pb.PullImageResponse:
         self.node.runtime(request.image.runtime_handler)  # must be one that is configured
         auth = to_auth(request.auth) if request.HasField("auth") else None
-        return pb.PullImageResponse(image_ref=await self.pulls.pull(request.image, auth))
+        namespace = request.sandbox_config.metadata.namespace
+        return pb.PullImageResponse(image_ref=await self.pulls.pull(request.image, auth, namespace))
 
     async def list_images(self, rpc: Rpc, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
         wanted = request.filter.image if request.HasField("filter") else None

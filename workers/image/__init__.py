@@ -11,5 +11,7 @@ may vanish with it at any time. It refuses every byte whose digest or size was n
     registries    registries.conf                             names         short names
     credentials   whose password goes where                   tokens        challenges and bearer tokens
     certificates  certs.d                                     proxies       HTTPS_PROXY and the like
+    policy        which signatures an image needs             signatures    where they are
+    verifier      whose they are: a child that asks gpgv and openssl
     failures      what went wrong, and whether to try again   operation     how a request is ended
 """

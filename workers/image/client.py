@@ -34,6 +34,7 @@ from workers.image.tokens import (
     token_request,
 )
 from workers.image.transport import Answer, Transport, origin_of
+from workers.image.verifier import Verifier
 
 #: The registry's API is not on the host that gave it its name.
 API_HOSTS = {DEFAULT_DOMAIN: "registry-1.docker.io"}
@@ -56,6 +57,7 @@ class Tools:
     auth_file: AuthFile
     tokens: TokenCache
     proxies: Proxies
+    verifier: Verifier | None
 
     def transport(self, operation: Operation) -> Transport:
         """Connections for one operation."""
@@ -63,11 +65,15 @@ class Tools:
 
 
 def make_tools(
-    settings: ImageSettings, proxies: Proxies, certificates: Certificates, auth_file: AuthFile
+    settings: ImageSettings,
+    proxies: Proxies,
+    certificates: Certificates,
+    auth_file: AuthFile,
+    verifier: Verifier | None = None,
 ) -> Tools:
     """Everything else fresh, nothing read yet."""
     registries = RegistriesFiles(settings.registries_conf, settings.registries_conf_dir)
-    return Tools(settings, registries, certificates, auth_file, TokenCache(), proxies)
+    return Tools(settings, registries, certificates, auth_file, TokenCache(), proxies, verifier)
 
 
 def retrying(operation: Operation, retries: int, attempt: Callable[[], T]) -> T:
@@ -134,20 +140,23 @@ class Client:
     def config(self, descriptor: Descriptor, retries: int) -> bytes:
         """Fetch and verify an image config. Raises Failure, RemoteError, Cancelled."""
         limit = self._tools.settings.max_config_bytes
-        if descriptor.size > limit:
-            raise Failure(
-                Code.INVALID_ARGUMENT,
-                f"{self.endpoint.name}: the image config is larger than the limit of {limit} bytes",
-            )
-        return retrying(self._transport.operation, retries, lambda: self._config(descriptor))
+        return self.small_blob(descriptor, limit, "the image config", retries)
 
-    def _config(self, descriptor: Descriptor) -> bytes:
+    def small_blob(self, descriptor: Descriptor, limit: int, what: str, retries: int) -> bytes:
+        """Fetch and verify a blob of at most `limit` bytes. Raises Failure, RemoteError, Cancelled."""
+        if descriptor.size > limit:
+            text = f"{self.endpoint.name}: {what} is larger than the limit of {limit} bytes"
+            raise Failure(Code.INVALID_ARGUMENT, text)
+        work = self._transport.operation
+        return retrying(work, retries, lambda: self._small_blob(descriptor, limit, what))
+
+    def _small_blob(self, descriptor: Descriptor, limit: int, what: str) -> bytes:
         answer = self.get(f"blobs/{descriptor.digest}")
         try:
-            data = answer.read_all(self._tools.settings.max_config_bytes, "the image config")
+            data = answer.read_all(limit, what)
         finally:
             answer.close()
-        check_size(data, descriptor, f"{self.endpoint.name}: the image config")
+        check_size(data, descriptor, f"{self.endpoint.name}: {what}")
         return data
 
     # -- requests -------------------------------------------------------------------------------------

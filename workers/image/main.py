@@ -39,6 +39,7 @@ from ipc.messages.image import (
 from ipc.settings import ImageSettings
 from ipc.table import Handler, Handlers, table
 from workers import boot, boot_aio
+from workers.image import verifier
 from workers.image.blobs import Sink, fetch
 from workers.image.certificates import Certificates
 from workers.image.client import Tools, make_tools
@@ -47,6 +48,7 @@ from workers.image.names import normalise
 from workers.image.operation import Operation
 from workers.image.proxies import Proxies, from_environment
 from workers.image.resolve import resolve
+from workers.image.verifier import Programs, Verifier
 
 THREADS = 64
 WATCH_INTERVAL = 1.0  # seconds
@@ -66,6 +68,7 @@ class State:
     proxies: Proxies
     certificates: Certificates
     auth_file: AuthFile
+    verifier: Verifier | None
 
 
 class Service:
@@ -77,11 +80,12 @@ class Service:
         self._threads = concurrent.futures.thread.ThreadPoolExecutor(THREADS, thread_name_prefix="download")
         self._running: set[Operation] = set()
         self._files = files_of(settings)
+        self._programs = programs_of(settings)
         self._outdated = False
 
     def _make_tools(self, settings: ImageSettings) -> Tools:
         state = self._state
-        return make_tools(settings, state.proxies, state.certificates, state.auth_file)
+        return make_tools(settings, state.proxies, state.certificates, state.auth_file, state.verifier)
 
     @property
     def busy(self) -> bool:
@@ -167,6 +171,7 @@ class Service:
         """Take new settings; what runs finishes with the old ones. Other files are another worker's."""
         settings = msgspec.msgpack.decode(data, type=ImageSettings)
         self._outdated = self._outdated or files_of(settings) != self._files
+        self._outdated = self._outdated or programs_of(settings) != self._programs
         self._tools = self._make_tools(settings)
 
     @property
@@ -174,6 +179,7 @@ class Service:
         """Whether another worker would see other files."""
         state = self._state
         lost = state.certificates.unreadable or state.auth_file.replaced
+        lost = lost or (state.verifier is not None and state.verifier.lost)
         return self._outdated or lost or any(map(is_replaced, self._files))
 
     async def until_outdated(self) -> None:
@@ -184,17 +190,27 @@ class Service:
         """
         while self.busy or not self.outdated:
             await asyncio.sleep(WATCH_INTERVAL)
-        log.get().info("configuration files were replaced, a new worker will read them")
+        log.get().info(
+            "files that this worker sees, or programs that verify, are not those that should be: ends"
+        )
 
     def close(self) -> None:
         """Let the threads end; all operations have been cancelled by now."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._state.verifier is not None:
+            self._state.verifier.close()
 
 
 def files_of(settings: ImageSettings) -> list[str]:
     """The files and directories that come from the host."""
-    files = [settings.registries_conf, settings.registries_conf_dir, settings.auth_file, *settings.certs_dirs]
+    files = [settings.registries_conf, settings.registries_conf_dir, settings.auth_file]
+    files += [*settings.certs_dirs, *settings.trust.directories()]
     return [path for path in files if path]
+
+
+def programs_of(settings: ImageSettings) -> Programs:
+    """The programs that the signature policy needs."""
+    return Programs(settings.trust.gpgv, settings.trust.openssl)
 
 
 def is_replaced(path: str) -> bool:
@@ -219,11 +235,21 @@ def prepare(context: boot.Context[ImageSettings]) -> State:
     certificates = Certificates(context.settings.certs_dirs)
     certificates.preload()
     return State(
+        verifier=_start_verifier(context),
         null_fd=os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC),
         proxies=from_environment(os.environ),
         certificates=certificates,
         auth_file=AuthFile(context.settings.auth_file),
     )
+
+
+def _start_verifier(context: boot.Context[ImageSettings]) -> Verifier | None:
+    """Only where the policy asks for signatures: it is a process more."""
+    programs = programs_of(context.settings)
+    if not (programs.gpgv or programs.openssl):
+        return None
+    own = next(uid for uid, kind in context.settings.uids.items() if kind == context.kind)
+    return verifier.start(programs, context.settings.run_root, own)
 
 
 def run(context: boot.Context[ImageSettings], state: State) -> None:

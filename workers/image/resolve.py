@@ -7,14 +7,15 @@ goes back to `blobs`: the endpoints, the one that answered first. It never has c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from ipc import log
-from ipc.errors import Code, RemoteError, invalid
+from ipc.errors import Code, RemoteError, invalid, precondition
 from ipc.messages.image import Auth, ManifestResolve, Resolved
 from ipc.reference import Reference, parse
-from workers.image import manifests
+from workers.image import manifests, policy
 from workers.image.client import Client, Tools, check_size
 from workers.image.credentials import select
 from workers.image.failures import combine
@@ -22,7 +23,9 @@ from workers.image.manifests import Config, Document, Kind
 from workers.image.operation import Operation
 from workers.image.platforms import Platform, wanted
 from workers.image.registries import Endpoint
+from workers.image.signatures import Places
 from workers.image.transport import Transport
+from workers.image.verifier import Answered, Asked
 
 #: An index may name indexes (image-spec); nobody needs more.
 MAX_INDEX_DEPTH = 3
@@ -74,7 +77,8 @@ def resolve(tools: Tools, operation: Operation, request: ManifestResolve) -> Res
             try:
                 client = make_client(tools, transport, endpoint, auth=request.auth, domain=reference.domain)
                 retries = MIRROR_RETRIES if endpoint is not endpoints[-1] else tools.settings.retries
-                return _Resolution(client, platform, reference, retries).run(endpoints)
+                judge = Judge(tools, client, transport, reference, request.namespace)
+                return _Resolution(client, platform, reference, retries, judge).run(endpoints)
             except RemoteError as error:
                 operation.check()
                 failures.append(error)
@@ -98,10 +102,44 @@ def make_client(
     return Client(tools, transport, endpoint, credentials, scheme)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """The signature policy, for one reference at one endpoint. Calling it raises RemoteError, Cancelled."""
+
+    tools: Tools
+    client: Client
+    transport: Transport
+    reference: Reference
+    namespace: str
+
+    def __call__(self, digests: tuple[str, ...]) -> None:
+        trust = self.tools.settings.trust
+        rules = trust.policy_for(self.namespace)
+        if rules is None:
+            return
+        places = Places(trust, self.client, self.transport, self.reference)
+        subject = policy.Subject(self.reference, digests)
+        try:
+            policy.enforce(rules.requirements(self.reference), subject, places, self._ask)
+        except RemoteError as error:
+            self.transport.operation.check()
+            if error.reason == policy.REASON:
+                raise
+            raise policy.refusal(self.reference, f"no signature could be verified: {error.text}") from error
+
+    def _ask(self, asked: Asked) -> Answered:
+        if self.tools.verifier is None:  # the policy came by a reload; the next worker has one
+            raise precondition("this worker cannot verify, another one is on its way: try again")
+        return self.tools.verifier.ask(asked)
+
+
 class _Resolution:
     """One reference at one endpoint."""
 
-    def __init__(self, client: Client, platform: Platform, reference: Reference, retries: int) -> None:
+    def __init__(
+        self, client: Client, platform: Platform, reference: Reference, retries: int, judge: Judge
+    ) -> None:
+        self._judge = judge
         self._client = client
         self._platform = platform
         self._reference = reference
@@ -110,7 +148,8 @@ class _Resolution:
     def run(self, endpoints: Sequence[Endpoint]) -> Resolved:
         named = self._client.manifest(self._reference.digest or self._reference.tag, self._retries)
         try:
-            document = self._for_platform(named)
+            document, led_by = self._for_platform(named)
+            self._judge((document.digest, *led_by))
             manifest = manifests.read_manifest(document)
             data = self._client.config(manifest.config, self._retries)
             config = manifests.read_config(data)
@@ -133,16 +172,19 @@ class _Resolution:
             source=self._source(endpoints),
         )
 
-    def _for_platform(self, document: Document) -> Document:
+    def _for_platform(self, document: Document) -> tuple[Document, list[str]]:
+        """The platform's manifest, and the digests of the indexes that led to it."""
+        led_by: list[str] = []
         for _ in range(MAX_INDEX_DEPTH):
             if document.kind is Kind.MANIFEST:
-                return document
+                return document, led_by
+            led_by.append(document.digest)
             entry = manifests.choose(document, self._platform)
             document = self._client.manifest(entry.digest, self._retries)
             check_size(document.data, entry, "the manifest that the index names")
         if document.kind is Kind.INDEX:
             raise invalid(f"indexes are nested deeper than {MAX_INDEX_DEPTH}")
-        return document
+        return document, led_by
 
     def _check_platform(self, config: Config) -> None:
         if config.os and config.os != self._platform.os:

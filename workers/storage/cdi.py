@@ -20,11 +20,10 @@ from pathlib import Path
 
 import msgspec
 
-from ipc import log
+from ipc import log, yamlfiles
 from ipc.errors import invalid, precondition
 from ipc.messages.storage import CdiEdits, CdiMount, CdiNode, Hook
 
-from . import yamlfiles
 from .hookfiles import STAGES, checked_hook
 from .mounts import Progress
 from .textfiles import read_file

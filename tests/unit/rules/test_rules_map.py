@@ -17,11 +17,11 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.py$")
 
 #: Third-party modules that each part of the tree may import.
 LIBRARIES: dict[str, set[str]] = {
-    "ipc": {"msgspec", "google", "grpc", "grpc_tools", "wsproto"},
+    "ipc": {"msgspec", "google", "grpc", "grpc_tools", "wsproto", "yaml"},
     "supervisor": {"msgspec", "setproctitle", "daemon"},
     "supervisor.cli": {"msgspec", "yaml", "psutil", "grpc", "google", "rich", "daemon", "wsproto"},
     "workers.cri": {"msgspec", "grpc", "google"},
-    "workers.image": {"msgspec", "urllib3"},
+    "workers.image": {"msgspec", "setproctitle", "urllib3"},
     "workers.storage": {"msgspec", "setproctitle", "zstandard", "yaml"},
     "workers.network": {"msgspec"},
     "workers.monitor": {"msgspec"},
@@ -41,6 +41,7 @@ CLIENT = re.compile(r"supervisor/cli/bulkheadctl|supervisor/cli/ctl")
 MAY_FORK = {
     "supervisor/spawn.py", "supervisor/podinit.py", "workers/jobs.py", "workers/monitor/keeper.py",
     "workers/monitor/runtime.py", "workers/network/plugin.py", "workers/nri/launch.py",
+    "workers/image/verifier.py",
 }  # fmt: skip
 MAY_CTYPES = {"ipc/kernel.py", "ipc/confine.py"}
 MAY_SETID = {"ipc/confine.py", "supervisor/podinit.py"}

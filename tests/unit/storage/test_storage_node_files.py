@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from ipc import yamlfiles
 from ipc.errors import Code, RemoteError
 from ipc.messages.storage import HookFacts
-from workers.storage import cdi, hookfiles, yamlfiles
+from workers.storage import cdi, hookfiles
 from workers.storage.mounts import Progress
 
 NAME = "vendor.com/gpu=one"

@@ -11,6 +11,7 @@ import pytest
 
 from ipc import settings
 from ipc.release import version
+from ipc.trust import Policy, Reject, Trust
 from supervisor import configtext
 from supervisor.cli.bulkhead import main
 from supervisor.config import Config, RuntimeConfig, UsersConfig
@@ -230,7 +231,9 @@ def test_every_setting_of_every_worker_follows_the_configuration(tmp_path: Path)
     changed["log_level"] = "debug"
     two = Config(**changed)
     who = {"cri": Identity(1, 2)}
-    first, second = Derivation(one, {}), Derivation(two, who)
+    policy = Policy([Reject()])
+    trust = Trust(policy=policy, namespaces={"prod": policy})  # what the files say that the keys name
+    first, second = Derivation(one, {}), Derivation(two, who, trust=trust)
     for kind in ("cri", "image", "storage", "network", "monitor", "stream", "ops", "nri"):
         before, after = first.of(kind), second.of(kind)
         assert isinstance(before, settings.Common)

@@ -1,4 +1,6 @@
-"""Runs in: children of storage. YAML of the host's administrator (CDI specifications), as plain data.
+"""Runs in: children of storage, and the supervisor as it reads its configuration.
+
+YAML of the host's administrator (CDI specifications, registries.d), as plain data.
 
 Refuses what JSON could not say and what makes a small file large: aliases, tags, several documents, depth.
 """
