@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 from ipc import calls, wire
 from ipc.channel import Channel, Peer, PeerStalled, address, peer_of
-from ipc.errors import Code, RemoteError
+from ipc.errors import Code, RemoteError, moved
 from ipc.fds import FdSet, close_all
 from ipc.log import Log
 from ipc.messages import Body, Request
@@ -24,6 +24,7 @@ from ipc.table import Handler
 
 R = TypeVar("R", bound=Body)
 CONNECT_RETRY = 0.01  # seconds between attempts while the listener's backlog is full
+MOVES = 100  # successors that one request is sent after
 
 
 class Lost(ConnectionError):
@@ -73,6 +74,8 @@ class Connection:
     ) -> None:
         self.peer = peer
         self.closed = False
+        self.draining = False  # as a server: what comes from now on is for the successor
+        self.retired = False  # as a client: it ends with the last answer that is awaited
         self.on_close: Callable[[Connection], object] = lambda _self: None
         self.in_flight: dict[int, Call] = {}
         self.served = 0  # calls that are over
@@ -119,7 +122,22 @@ class Connection:
             cancel = self._calls.cancel(number)
             if cancel is not None and not self.closed:
                 self._send(cancel)
+            self._maybe_retire()
         return cast(R, body), received
+
+    def abandon(self) -> None:
+        """Close, and leave who waits for an answer waiting for good."""
+        self._waiting.clear()
+        self.close()
+
+    def retire(self) -> None:
+        """Ask nothing more; close once nothing is awaited any more."""
+        self.retired = True
+        self._maybe_retire()
+
+    def _maybe_retire(self) -> None:
+        if self.retired and self.idle:
+            self.close()
 
     # -- answering ------------------------------------------------------------------------------------
 
@@ -211,6 +229,8 @@ class Connection:
 
     def _dispatch(self, event: calls.Event) -> None:
         match event:
+            case calls.Asked() if self.draining and not event.fds:  # descriptors cannot be sent again
+                self._refuse(event.number, moved(event.handler.request.NAME))
             case calls.Asked():
                 call = Call(self, event)
                 self.in_flight[event.number] = call
@@ -267,7 +287,8 @@ class Client:
 
     An idempotent request without descriptors is sent again when the peer dies, within its deadline and at
     most RESENDS times; any other ends as RemoteError(UNAVAILABLE). A cancelled
-    wait is told to the peer.
+    wait is told to the peer. A peer that is being replaced has begun nothing of what it answers MOVED: its
+    successor is asked.
     """
 
     RESENDS = 5
@@ -279,6 +300,14 @@ class Client:
         self._connecting = asyncio.Lock()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._in_use = 0
+        self._parked = False
+
+    def park(self, *, abandon: bool) -> None:
+        """Ask nothing any more: whoever wants to waits for good, as if the process had ended. `abandon`: so
+        do those who wait for an answer; else what is asked already goes on."""
+        self._parked = True
+        if abandon and self._connection is not None:
+            self._connection.abandon()
 
     async def call(
         self,
@@ -305,13 +334,23 @@ class Client:
         deadline = None if timeout is None else time.monotonic() + timeout
         owned = FdSet(fds)
         resends = self.RESENDS if request.IDEMPOTENT and not owned else 0
+        moves = MOVES
+        if self._parked:
+            await asyncio.Event().wait()
         self._in_use += 1
         try:
             while True:
+                connection = await self._connect(deadline)
                 try:
-                    connection = await self._connect(deadline)
                     return await connection.ask(request, owned, deadline, on_update)
+                except RemoteError as error:
+                    if error.code is not Code.MOVED or not moves:
+                        raise
+                    moves -= 1
+                    connection.retire()
                 except Lost as error:
+                    if self._parked:
+                        await asyncio.Event().wait()
                     if not resends:
                         raise RemoteError(Code.UNAVAILABLE, f"{request.NAME}: {error}") from error
                     resends -= 1
@@ -322,7 +361,7 @@ class Client:
 
     async def _connect(self, deadline: float | None) -> Connection:
         async with self._connecting:
-            if self._connection is None or self._connection.closed:
+            if self._connection is None or self._connection.closed or self._connection.retired:
                 sock = await _connected(self._path, deadline)
                 self._connection = Connection(sock, Peer(0, 0, 0, "server"), {})
             return self._connection
@@ -444,9 +483,15 @@ class Server:
             asyncio.get_running_loop().remove_reader(listener.fileno())
         self._listeners.clear()
 
-    async def close(self, grace: float = 0.0) -> None:
-        """Stop accepting, let running handlers finish for `grace` seconds, end every connection."""
+    def drain(self) -> None:
+        """Leave new connections, and new requests of those that are here, to the next worker."""
         self.stop_accepting()
+        for connection in self.connections:
+            connection.draining = True
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Drain, let running handlers finish for `grace` seconds, end every connection."""
+        self.drain()
         end = time.monotonic() + grace
         while any(c.in_flight for c in self.connections) and time.monotonic() < end:
             await asyncio.sleep(0.02)

@@ -65,6 +65,10 @@ class Client:
         while True:
             try:
                 return self._once(request, owned, deadline, on_update)
+            except RemoteError as error:
+                if error.code is not Code.MOVED:
+                    raise
+                self.close()  # the next connection leads to the successor
             except ConnectionError as error:
                 self.close()
                 if not resends:

@@ -78,14 +78,17 @@ Event = Asked | Cancelled | Answered | Failed | Updated | Refused
 class Calls:
     """One connection's calls, both those asked by us and those asked by the peer.
 
-    `caller` is the peer's kind (ipc.table); `max_requests` bounds the peer's requests in flight.
+    `caller` is the peer's kind (ipc.table); `max_requests` bounds the peer's requests in flight; `asked` is
+    the number of the last request that was asked on this connection before.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], caller: str, *, max_requests: int = 256) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Handler], caller: str, *, max_requests: int = 256, asked: int = 0
+    ) -> None:
         self._handlers = handlers
         self._caller = caller
         self._max = max_requests
-        self._next = 0
+        self._next = asked
         self._asked: dict[int, type[Request[Any]]] = {}  # ours, waiting for an answer
         self._serving: set[int] = set()  # the peer's
 
@@ -93,6 +96,11 @@ class Calls:
     def waiting(self) -> int:
         """How many of our own requests have no answer yet."""
         return len(self._asked)
+
+    @property
+    def asked(self) -> int:
+        """The number of our last request."""
+        return self._next
 
     @property
     def serving(self) -> int:

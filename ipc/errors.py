@@ -28,6 +28,7 @@ class Code(enum.StrEnum):
     UNIMPLEMENTED = "unimplemented"
     DATA_LOSS = "data_loss"  # a digest or a length did not match
     INTERNAL = "internal"
+    MOVED = "moved"  # not begun: the receiver is being replaced, a new connection leads to its successor
 
 
 #: Code -> number of the gRPC status (google.rpc.Code); numbers, so that no gRPC import is needed here.
@@ -43,6 +44,7 @@ GRPC_STATUS: dict[Code, int] = {
     Code.UNIMPLEMENTED: 12,
     Code.INTERNAL: 13,
     Code.UNAVAILABLE: 14,
+    Code.MOVED: 14,
     Code.DATA_LOSS: 15,
     Code.UNAUTHENTICATED: 16,
 }
@@ -91,3 +93,8 @@ def unavailable(text: str) -> RemoteError:
 def internal(text: str) -> RemoteError:
     """Short for RemoteError(INTERNAL, text)."""
     return RemoteError(Code.INTERNAL, text)
+
+
+def moved(name: str) -> RemoteError:
+    """What a receiver that is being replaced answers: clients ask its successor, nobody else sees it."""
+    return RemoteError(Code.MOVED, f"{name}: this worker is being replaced")

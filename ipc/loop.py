@@ -112,6 +112,11 @@ class Loop:
         """Call once in the next turn."""
         self._soon.append(callback)
 
+    @property
+    def pending(self) -> bool:
+        """True if a call is to be made in the next turn."""
+        return bool(self._soon)
+
     # -- signals and children ---------------------------------------------------------------------------
 
     def on_signal(self, number: int, callback: Callback) -> None:

@@ -6,6 +6,7 @@ load the standard library's mail, archive and random modules: two megabytes for 
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tomllib
@@ -23,6 +24,14 @@ def version() -> str:
                 return name[len(_PREFIX) : -len(_SUFFIX)]
     project = Path(__file__).resolve().parent.parent / "pyproject.toml"
     return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+
+
+@functools.cache
+def build() -> str:
+    """What tells two installed builds of one release apart: the name of the package's tree, else the
+    version."""
+    tree = Path(__file__).resolve().parent.parent.name
+    return tree if tree[:1].isdigit() else version()
 
 
 def _names(directory: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ipc import calls, wire
 from ipc.channel import Channel, Peer, PeerStalled, peer_of
-from ipc.errors import Code, RemoteError
+from ipc.errors import Code, RemoteError, moved
 from ipc.fds import FdSet
 from ipc.log import Log
 from ipc.loop import Loop, Timer
@@ -101,7 +101,10 @@ class Call:
 
 
 class Connection:
-    """One connected socket on the loop. `on_close` callbacks run once when it ends, for whatever reason."""
+    """One connected socket on the loop. `on_close` callbacks run once when it ends, for whatever reason.
+
+    `asked`: of a socket that somebody else has asked on before, how often, so that late answers find nobody.
+    """
 
     def __init__(
         self,
@@ -112,13 +115,15 @@ class Connection:
         *,
         max_requests: int = 256,
         log: Log | None = None,
+        asked: int = 0,
     ) -> None:
         self.loop = loop
         self.peer = peer
         self.closed = False
+        self.draining = False  # what comes from now on is for the successor
         self.in_flight: dict[int, Call] = {}
         self._channel = Channel(sock)
-        self._calls = calls.Calls(handlers, peer.kind, max_requests=max_requests)
+        self._calls = calls.Calls(handlers, peer.kind, max_requests=max_requests, asked=asked)
         self._waiting: dict[int, tuple[Done, Timer | None]] = {}
         self._on_close: list[Callable[[], object]] = []
         self._log = log
@@ -231,6 +236,8 @@ class Connection:
 
     def _dispatch(self, event: calls.Event) -> None:
         match event:
+            case calls.Asked() if self.draining and not event.fds:  # descriptors cannot be sent again
+                self.refuse(event.number, moved(event.handler.request.NAME))
             case calls.Asked():
                 self._serve(event)
             case calls.Cancelled(number):
@@ -256,6 +263,27 @@ class Connection:
         else:
             if body is not None:
                 call.reply(body)
+
+    def detach(self) -> socket.socket:
+        """Stop serving, and return the socket, open."""
+        self.closed = True
+        self.loop.remove_reader(self._channel.fileno())
+        self.loop.remove_writer(self._channel.fileno())
+        return self._channel.sock
+
+    def fileno(self) -> int:
+        """The descriptor of the socket."""
+        return self._channel.fileno()
+
+    @property
+    def asked(self) -> int:
+        """How many requests were asked here: the number of the last one."""
+        return self._calls.asked
+
+    @property
+    def flushed(self) -> bool:
+        """True if nothing waits to be sent."""
+        return not self._channel.wants_write
 
     def close(self, why: str = "") -> None:
         """End the connection: calls are abandoned, askers get UNAVAILABLE, on_close runs."""
@@ -341,6 +369,12 @@ class Server:
         for sock in self._listeners:
             self.loop.remove_reader(sock.fileno())
         self._listeners.clear()
+
+    def drain(self) -> None:
+        """Leave new connections, and new requests of those that are here, to the next worker."""
+        self.stop_accepting()
+        for connection in self.connections:
+            connection.draining = True
 
     def close(self) -> None:
         """Stop accepting and end every connection."""

@@ -78,6 +78,7 @@ class CriSettings(Common):
     pull_idle_timeout: float = 60.0
     parallel_layers: int = 3
     max_message_bytes: int = 80 * 1024 * 1024
+    max_connection_age: float = 60.0
     max_requests: int = 256
     pod_metrics: list[str] = []  # groups of CRI's metrics that are told
     nri: bool = False  # there may be plugins

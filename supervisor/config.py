@@ -353,6 +353,12 @@ class GrpcConfig:
         80 * 1024 * 1024, "Largest gRPC message, both ways.", at_least(4 * 1024 * 1024)
     )
     max_requests: int = key(256, "CRI requests served at a time.", between(8, 65536))
+    max_connection_age: float = key(
+        60.0,
+        "Seconds until a client is asked to connect anew, which it does without an error; a cri that was "
+        "replaced by an upgrade in place stays for so long.",
+        between(1, 3600),
+    )
 
 
 @dataclass(frozen=True)

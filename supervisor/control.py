@@ -39,6 +39,7 @@ class Control:
         on_drain: Callable[[], object],
         on_close: Callable[[], object],
         log: Log,
+        asked: int = 0,
     ) -> None:
         self._on_hello = on_hello
         self._on_bound = on_bound
@@ -49,7 +50,9 @@ class Control:
             Handler(control.SocketBound, self._bound, callers),
             Handler(control.Drain, self._drain, callers),
         )
-        self._connection = Connection(loop, sock, Peer(pid, 0, 0, kind), handlers, max_requests=8, log=log)
+        self._connection = Connection(
+            loop, sock, Peer(pid, 0, 0, kind), handlers, max_requests=8, log=log, asked=asked
+        )
         self._connection.on_close(on_close)
 
     def _hello(self, _call: Call, body: control.Hello) -> Empty:
@@ -82,6 +85,23 @@ class Control:
         self._connection.ask(
             control.Reload(settings=settings), lambda answer, _fds: done(answer), timeout=30.0
         )
+
+    def begin(self, done: Callable[[Body | RemoteError], object]) -> None:
+        """Tell a worker that stands by that it is its turn."""
+        self._connection.ask(control.Begin(), lambda answer, _fds: done(answer), timeout=30.0)
+
+    def hand_over(self, path: str, done: Callable[[Body | RemoteError], object], timeout: float) -> None:
+        """Tell cri to leave its state to the one that stands by at `path`."""
+        self._connection.ask(control.HandOver(path=path), lambda answer, _fds: done(answer), timeout=timeout)
+
+    def fileno(self) -> int:
+        """The descriptor of the channel."""
+        return self._connection.fileno()
+
+    @property
+    def asked(self) -> int:
+        """How many requests were asked here."""
+        return self._connection.asked
 
     def close(self) -> None:
         """End the channel."""

@@ -48,6 +48,15 @@ class Locks:
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fds.append(fd)
 
+    def inherit(self, fds: list[int]) -> None:
+        """Hold what the program before this one held."""
+        self._fds += fds
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What holds them."""
+        return list(self._fds)
+
     def release(self) -> None:
         """Let go, at the very end."""
         for fd in self._fds:
@@ -68,8 +77,11 @@ def prepare_roots(config: Config) -> None:
         make(path, 0o711)
 
 
-def prepare(config: Config, who: Mapping[str, Identity]) -> bool:
-    """Make the layout of run_root. Returns True if it was left by an earlier boot. Raises OSError."""
+def prepare(config: Config, who: Mapping[str, Identity], *, in_use: bool = False) -> bool:
+    """Make the layout of run_root. Returns True if it was left by an earlier boot. Raises OSError.
+
+    `in_use`: by workers that go on; their sockets stay.
+    """
     run_root = config.run_root
     rebooted = _new_boot(run_root)
     cri = who.get("cri", Identity(0, 0))
@@ -81,7 +93,9 @@ def prepare(config: Config, who: Mapping[str, Identity]) -> bool:
     make(f"{run_root}/cri", 0o700, cri.uid, cri.gid)
     os.makedirs(os.path.dirname(config.listen), mode=0o755, exist_ok=True)
     make(bind_directory(config), 0o700, cri.uid, cri.gid)
-    _clean_sockets(f"{run_root}/ipc")
+    if not in_use:
+        _clean_sockets(f"{run_root}/ipc")
+        empty(bind_directory(config))
     return rebooted
 
 

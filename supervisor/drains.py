@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ipc.messages.supervisor import WorkerState
@@ -68,9 +69,9 @@ class Drains:
         return found
 
 
-def states(kind: str, uid: int, pids: set[int]) -> list[WorkerState]:
+def states(kind: str, uid: int, pids: set[int], release: Callable[[int], str]) -> list[WorkerState]:
     """A row for each draining process."""
     return [
-        WorkerState(kind=kind, name=f"{kind} {pid}", state="draining", pid=pid, uid=uid)
+        WorkerState(kind=kind, name=f"{kind} {pid}", state="draining", pid=pid, uid=uid, release=release(pid))
         for pid in sorted(pids)
     ]

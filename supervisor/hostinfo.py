@@ -50,7 +50,12 @@ class Program:
     """A short-lived program: its output is collected, it is killed when it takes too long."""
 
     def __init__(
-        self, loop: Loop, reaper: Reaper, argv: list[str], done: Callable[[int, bytes], object]
+        self,
+        loop: Loop,
+        reaper: Reaper,
+        argv: list[str],
+        done: Callable[[int, bytes], object],
+        timeout: float = PROGRAM_TIMEOUT,
     ) -> None:
         self._loop = loop
         self._done = done
@@ -64,7 +69,7 @@ class Program:
         finally:
             os.close(write_fd)
         loop.add_reader(self._read_fd, self._readable)
-        self._timer = loop.call_later(PROGRAM_TIMEOUT, lambda: os.kill(self.pid, signal.SIGKILL))
+        self._timer = loop.call_later(timeout, lambda: os.kill(self.pid, signal.SIGKILL))
         reaper.watch(self.pid, self._ended)
 
     def _readable(self) -> None:

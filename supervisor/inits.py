@@ -57,6 +57,21 @@ class Inits:
         self._nursery = nursery
         nursery.add("init", self._live, self._make_ready)
 
+    def inherit(self) -> None:
+        """Watch those that are children already: the program before this one had them forked."""
+        now = self._ground.loop.time()
+        for state in self.states():
+            if state.pid:
+                self._watch(state.pod_id, state.pid, now)
+
+    def _watch(self, pod_id: str, pid: int, started: float) -> None:
+        self._ground.reaper.watch(pid, lambda code: self._ended(pod_id, pid, started, code))
+
+    @property
+    def starting(self) -> bool:
+        """True while one is between its first fork and the answer."""
+        return bool(self._starting)
+
     def _directory(self, pod_id: str) -> str:
         return f"{self._run_root}/inits/{held.check_id(pod_id, 'pod')}"
 
@@ -161,8 +176,7 @@ class Inits:
 
     def _place(self, starting: _Starting, pid: int) -> InitStarted:
         pin = self._pin(starting.pod_id)
-        started = self._ground.loop.time()
-        self._ground.reaper.watch(pid, lambda code: self._ended(starting.pod_id, pid, started, code))
+        self._watch(starting.pod_id, pid, self._ground.loop.time())
         try:
             held.write_holder(starting.lock_fd, pid)
             with open(f"{self._directory(starting.pod_id)}/group", "w", encoding="utf-8") as file:

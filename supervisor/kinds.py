@@ -19,11 +19,14 @@ from ipc.loop import Timer
 from ipc.messages.supervisor import WorkerState
 from ipc.settings import Common
 from supervisor.drains import states as draining
+from supervisor.exchange import Exchange, Parting
+from supervisor.heritage import KindRow
 from supervisor.policy import Policy, Rules, State, Verdict
 from supervisor.sandbox.spec import Identity
 from supervisor.slow import Slow
 from supervisor.sockets import Sockets
 from supervisor.table import Entry
+from supervisor.table import Exchange as How
 from supervisor.tally import Tally, describe
 from supervisor.worker import Events, Ground, Origin, Phase, Worker
 
@@ -31,7 +34,9 @@ CROWDED_AFTER = 0.25  # seconds that a connection waits before a pool grows
 
 
 class Kind:
-    """Everything of one kind. `changed` is called when a process of it became ready or ended."""
+    """Everything of one kind. `changed` is called when a process of it became ready or ended; `bound` and
+    `relayed` with the path of a socket that cri has bound: make it public, or only known to the cri
+    before."""
 
     def __init__(
         self,
@@ -45,11 +50,13 @@ class Kind:
         tally: Tally,
         changed: Callable[[Kind], object],
         bound: Callable[[str], object],
+        relayed: Callable[[str], str] = str,
     ) -> None:
         self.entry = entry
         self.identity = identity
         self.workers: dict[int, Worker] = {}
         self.draining: dict[int, Worker] = {}  # they end with their last session; no policy looks at them
+        self.exchange: Exchange | None = None  # while an upgrade replaces a worker
         self.restarts = 0
         self.last_death = ""
         self._ground = ground
@@ -58,6 +65,8 @@ class Kind:
         self._policy = policy
         self._tally = tally
         self._changed = changed
+        self._bound = bound
+        self._relayed = relayed
         self._events = Events(self._ready, self._ended, bound, self._health, self._drained)
         self._slow = Slow()
         self._stopping = False
@@ -85,7 +94,8 @@ class Kind:
         return self._policy.state is State.FAILED
 
     def _active(self) -> list[Worker]:
-        return [worker for worker in self.workers.values() if worker.phase is not Phase.STOPPING]
+        active = [worker for worker in self.workers.values() if worker.phase is not Phase.STOPPING]
+        return active + ([self.exchange.new] if self.exchange is not None else [])
 
     def _fill(self) -> None:
         if self._stopping or self._backoff is not None:
@@ -94,10 +104,12 @@ class Kind:
             self._spawn()
         self._arm()
 
+    def _origin(self) -> Origin:
+        return Origin(self.entry, self.identity, self._settings, self._sockets)
+
     def _spawn(self) -> None:
-        origin = Origin(self.entry, self.identity, self._settings, self._sockets)
         try:
-            worker = Worker.start(self._ground, origin, self._events)
+            worker = Worker.start(self._ground, self._origin(), self._events)
         except OSError as error:
             self._ground.log.error("cannot fork", kind=self.entry.kind, why=error)
             self._wait(self._policy.died())
@@ -112,7 +124,9 @@ class Kind:
         active = self._active()
         starting = any(worker.phase is Phase.STARTING for worker in active)
         self._disarm()
-        if self._stopping or self._backoff is not None or starting or len(active) >= self.entry.maximum:
+        if self._stopping or self._backoff is not None or self.exchange is not None:
+            return
+        if starting or len(active) >= self.entry.maximum:
             return
         react = self._grow if active else self._demand
         for sock in self._sockets.all():
@@ -172,6 +186,8 @@ class Kind:
 
     def _drained(self, worker: Worker) -> None:
         """It accepts no more, what it has begun goes on: from here on it is nobody's, until it ends."""
+        if worker.pid in self.draining:
+            return
         self.draining[worker.pid] = self.workers.pop(worker.pid)
         self._ground.log.info("worker drains", kind=self.entry.kind, pid_of=worker.pid)
         self._changed(self)
@@ -188,6 +204,8 @@ class Kind:
             self._ground.log.info("worker drained", kind=self.entry.kind, pid_of=worker.pid, how=how)
             return
         del self.workers[worker.pid]
+        if self.exchange is not None:
+            self.exchange.old_ended(worker)
         asked = worker.phase is Phase.STOPPING or (self.entry.on_demand and code == 0)
         if not self.workers:
             self._kill_leftovers()
@@ -242,7 +260,71 @@ class Kind:
 
     def _spared(self) -> set[int]:
         """Who ends with its last session, of this supervisor's and of an earlier one's."""
-        return self._ground.drains.pids(self.entry.kind) - self.workers.keys() if self.entry.drains else set()
+        found = self._ground.drains.pids(self.entry.kind) if self.entry.drains else set()
+        if self.exchange is not None:
+            found.add(self.exchange.new.pid)
+        return (found | self.draining.keys()) - self.workers.keys()
+
+    # -- an upgrade in place --------------------------------------------------------------------------
+
+    def row(self) -> KindRow:
+        """What the program after this one must know."""
+        workers = [*self.workers.values(), *self.draining.values()]
+        return KindRow(
+            kind=self.entry.kind,
+            listener_fd=self._sockets.listener.fileno(),
+            extra_fds={name: sock.fileno() for name, sock in self._sockets.extra.items()},
+            restarts=self.restarts,
+            last_death=self.last_death,
+            workers=[worker.row() for worker in workers],
+        )
+
+    def inherit(self, row: KindRow) -> None:
+        """Take over the workers of the program before this one; before `start`."""
+        self.restarts, self.last_death = row.restarts, row.last_death
+        for one in row.workers:
+            worker = Worker.inherit(self._ground, self._origin(), self._events, one)
+            place = self.draining if worker.phase is Phase.DRAINING else self.workers
+            place[worker.pid] = worker
+
+    @property
+    def settled(self) -> bool:
+        """True if no worker of it is between fork and hello, and none is being replaced."""
+        return self.exchange is None and all(w.phase is not Phase.STARTING for w in self.workers.values())
+
+    def replace_inherited(self, done: Callable[[str], object]) -> None:
+        """Replace the workers of the program before, one at a time. `done` gets "", or why one stays."""
+        old = next((w for w in self.workers.values() if w.inherited and w.phase is Phase.READY), None)
+        if old is None or self._stopping:
+            done("")
+        elif self.entry.exchange is How.RESTART:
+            self.restart(lambda: done(""))
+        else:
+            self._disarm()
+            self._replace(old, done)
+
+    def _replace(self, old: Worker, done: Callable[[str], object]) -> None:
+        def over(fault: str) -> None:
+            self.exchange = None
+            self._fill()
+            if fault:
+                done(fault)
+            else:
+                self.replace_inherited(done)
+
+        try:
+            parting = Parting(old, self._relayed, self._bound, self._taken, over)
+            self.exchange = Exchange(self._ground, self._origin(), parting)
+        except OSError as error:
+            done(f"{self.entry.kind}: cannot fork: {error}")
+
+    def _taken(self, new: Worker, old: Worker) -> None:
+        """The new worker's turn begins: it is one like any other now."""
+        new.events = self._events
+        self.workers[new.pid] = new
+        if old.phase is Phase.DRAINING and old.pid in self.workers:
+            self._drained(old)
+        self._ready(new)
 
     # -- health ---------------------------------------------------------------------------------------
 
@@ -318,6 +400,8 @@ class Kind:
                 timer.cancel()
         self._backoff = self._pinger = None
         self._stopped.append(done)
+        if self.exchange is not None:
+            self.exchange.abandon("the kind is told to stop")
         for worker in self.workers.values():
             worker.stop(self._ground.timeouts.worker_stop)
         self._maybe_stopped()
@@ -340,7 +424,11 @@ class Kind:
         for row in rows:
             row.restarts = self.restarts
             row.last_death = self.last_death
-        return rows + draining(self.entry.kind, self.identity.uid, self._spared())
+        return rows + draining(self.entry.kind, self.identity.uid, self._spared(), self._release_of)
+
+    def _release_of(self, pid: int) -> str:
+        worker = self.draining.get(pid)
+        return "" if worker is None else worker.release
 
     def _no_process(self) -> WorkerState:
         if self.failed:

@@ -60,6 +60,7 @@ class LogSink:
         *,
         writer: LogWriter,
         clock: Callable[[], float] = time.monotonic,
+        fd: int = -1,
     ) -> None:
         self.dropped = 0
         self._loop = loop
@@ -67,8 +68,12 @@ class LogSink:
         self._writer = writer
         self._clock = clock
         self._buckets: dict[int, Bucket] = {}
-        self._sock = _bind(path)
+        self._sock = _bind(path) if fd < 0 else socket.socket(fileno=fd)
         loop.add_reader(self._sock.fileno(), self._readable)
+
+    def fileno(self) -> int:
+        """The descriptor of the socket."""
+        return self._sock.fileno()
 
     def _readable(self) -> None:
         with contextlib.suppress(BlockingIOError):

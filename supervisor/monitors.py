@@ -19,6 +19,7 @@ from ipc.messages.supervisor import MonitorState
 from ipc.settings import MonitorSettings
 from supervisor import held, spawn
 from supervisor.files import remove_tree
+from supervisor.heritage import WardRow
 from supervisor.nursery import Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.succession import Succession
@@ -103,8 +104,7 @@ class Monitors:
             self._nursery_settings = settings
         pid = self._nursery.fork(words, fds)
         container_id = words[1]
-        started = self._ground.loop.time()
-        self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
+        self._watch(container_id, pid)
         event = "monitor succeeded" if len(words) > SUCCESSOR else "monitor started"
         self._ground.log.info(event, container=container_id, pod=words[2], pid_of=pid)
         return pid
@@ -136,6 +136,23 @@ class Monitors:
         self._tally.add("monitor", pid, f"{container_id}: {sentence}")
         self._ground.log.error("monitor died", container=container_id, pid_of=pid, how=sentence)
         self._succession.died(container_id)
+
+    def inherit(self, rows: Sequence[WardRow]) -> None:
+        """Go on watching those whom the program before this one watched."""
+        for row in rows:
+            self._succession.inherit(row)
+            if row.pid and row.pidfd < 0:
+                self._watch(row.container_id, row.pid)
+            else:
+                self._succession.look_after(row.container_id)
+
+    def rows(self) -> list[WardRow]:
+        """What the program after this one must know of monitors."""
+        return self._succession.rows()
+
+    def _watch(self, container_id: str, pid: int) -> None:
+        started = self._ground.loop.time()
+        self._ground.reaper.watch(pid, lambda code: self._ended(container_id, pid, started, code))
 
     def remove(self, container_id: str) -> None:
         """Remove the directory of a monitor that has ended; absent is success.

@@ -20,6 +20,7 @@ from supervisor.inits import Inits
 from supervisor.kinds import Kind
 from supervisor.monitors import Monitors
 from supervisor.parents import Parents
+from supervisor.upgrade import Upgrade
 
 FRESH_TIMEOUT = 0.5  # seconds that the list of workers waits for fresh health
 
@@ -38,6 +39,7 @@ class House(Protocol):
     parents: Parents
     probe: HostProbe
     kinds: dict[str, Kind]
+    upgrade: Upgrade
 
     def states(self) -> list[messages.WorkerState]: ...
     def config_text(self) -> str: ...
@@ -81,6 +83,8 @@ class Requests:
             Handler(messages.WorkerDump, self.worker_dump, _OPERATOR),
             Handler(messages.ConfigGet, self.config_get, _READERS),
             Handler(messages.ConfigReload, self.config_reload, _OPERATOR),
+            Handler(messages.UpgradeBegin, self.upgrade_begin, _OPERATOR),
+            Handler(messages.UpgradeGet, self.upgrade_get, _OPERATOR),
         )
 
     @answers_trouble
@@ -164,3 +168,9 @@ class Requests:
 
     def config_reload(self, _call: Call, _body: messages.ConfigReload) -> Body:
         return self._house.reload()
+
+    def upgrade_begin(self, call: Call, _body: messages.UpgradeBegin) -> None:
+        self._house.upgrade.begin(call)
+
+    def upgrade_get(self, _call: Call, _body: messages.UpgradeGet) -> Body:
+        return self._house.upgrade.state

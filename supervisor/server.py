@@ -13,13 +13,16 @@ import gc
 import importlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import cast
 
-from ipc.log import LEVELS
+from ipc.fds import close_all
+from ipc.log import LEVELS, Log
 from ipc.loop import Loop
 from ipc.messages.supervisor import ConfigReloaded, HostInfo, WorkerState
+from ipc.release import build
 from ipc.serve import Server
 from ipc.settings import MonitorSettings
 from supervisor import cgroup, directories, hostinfo, reload, spawn
@@ -27,6 +30,7 @@ from supervisor.announcer import Announcer
 from supervisor.config import Config
 from supervisor.configfile import ConfigError
 from supervisor.drains import Drains
+from supervisor.heritage import Heritage, KindRow
 from supervisor.inits import Inits
 from supervisor.kinds import Kind
 from supervisor.logsink import LogSink, SupervisorLog
@@ -47,28 +51,41 @@ from supervisor.settings import (
     sandbox_paths,
     uids,
 )
-from supervisor.sockets import Place, Sockets, bind, listen, publish, taken
+from supervisor.sockets import Place, Sockets, bind, inherit, listen, publish, relay, taken
 from supervisor.table import SUPERVISOR_CALLERS, TABLE, Entry, Table
 from supervisor.tally import Tally
 from supervisor.trust import load as load_trust
 from supervisor.trust import unsupported
+from supervisor.upgrade import HELD_BACK, Start, Upgrade
 from supervisor.worker import Ground, Phase
 
 Reread = Callable[[], Config]
 
 
 class Supervisor:
-    """One instance. `reread` returns a configuration read anew, or raises ConfigError."""
+    """One instance. `reread` returns a configuration read anew, or raises ConfigError. `start`: how to
+    execute this program again; `heritage`: what it has left to itself (supervisor/upgrade.py)."""
 
-    def __init__(self, config: Config, notifier: Notifier, reread: Reread, table: Table = TABLE) -> None:
+    def __init__(
+        self,
+        config: Config,
+        notifier: Notifier,
+        reread: Reread,
+        table: Table = TABLE,
+        *,
+        start: Start | None = None,
+        heritage: Heritage | None = None,
+    ) -> None:
         self.config = config
         self.trust = load_trust(config.image)
+        self._heritage = heritage
+        self._start_as = start or Start()
         wanted = {kind: entry for kind, entry in table.items() if kind != "nri" or config.nri.enable}
         self.table = {kind: _sized(entry, config) for kind, entry in wanted.items()}
         self.who = identities(config.users, table)
         self.writer = LogWriter(environ=os.environ)
         self.writer.configure(config.log_format, config.log_filter)
-        self.log = SupervisorLog(config.log_level, self.writer)
+        self.log: Log = SupervisorLog(config.log_level, self.writer)
         self.loop = Loop()
         self.kinds: dict[str, Kind] = {}
         self._notifier = notifier
@@ -77,7 +94,7 @@ class Supervisor:
         self._stream_port = 0
         self._derivation = Derivation(config, self.who)
         self._nri_worker = 0
-        self._started_at_ns = time.time_ns()
+        self._started_at_ns = heritage.started_at_ns if heritage else time.time_ns()
         self._stopping = False
 
     # -- coming up ------------------------------------------------------------------------------------
@@ -85,8 +102,11 @@ class Supervisor:
     def run(self) -> None:
         """Come up, serve until SIGTERM, go down. Raises InstanceRunning, OSError."""
         directories.prepare_roots(self.config)
-        for directory in (self.config.root, self.config.run_root):
-            self._locks.take(directory)
+        if self._heritage is not None:
+            self._locks.inherit(self._heritage.lock_fds)
+        else:
+            for directory in (self.config.root, self.config.run_root):
+                self._locks.take(directory)
         os.umask(0o022)
         os.chdir("/")
         self._assemble()
@@ -96,20 +116,22 @@ class Supervisor:
 
     def _assemble(self) -> None:
         config = self.config
-        rebooted = directories.prepare(config, self.who)
+        rebooted = directories.prepare(config, self.who, in_use=self._heritage is not None)
         self.log.info("supervisor starts", pid_of=os.getpid(), run_root=config.run_root, rebooted=rebooted)
         hierarchies = cgroup.detect()
         instance = cgroup.instance_name(config.run_root)
         self.groups = cgroup.Groups(hierarchies, instance, cgroup.delegated_base(hierarchies))
         drains = Drains(config.run_root)
-        spared = {kind: drains.pids(kind) for kind in self._worker_kinds()}
-        for kind in self.groups.sweep(spared):
-            if spared[kind]:
-                self.log.info("sessions of an earlier supervisor go on", kind=kind, pids=sorted(spared[kind]))
-            else:
-                self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
+        if self._heritage is None:
+            self._sweep(drains)
         self.groups.prepare()
-        self.sink = LogSink(self.loop, f"{config.run_root}/ipc/log.sock", uids(self.who), writer=self.writer)
+        self.sink = LogSink(
+            self.loop,
+            f"{config.run_root}/ipc/log.sock",
+            uids(self.who),
+            writer=self.writer,
+            fd=self._heritage.log_fd if self._heritage else -1,
+        )
         self.reaper = Reaper(self.loop, self.log)
         self.reaper.become_subreaper()
         self.tally = Tally(f"{config.run_root}/tally")
@@ -125,6 +147,14 @@ class Supervisor:
             drains=drains,
         )
         self._make_parts(hierarchies)
+
+    def _sweep(self, drains: Drains) -> None:
+        spared = {kind: drains.pids(kind) for kind in self._worker_kinds()}
+        for kind in self.groups.sweep(spared):
+            if spared[kind]:
+                self.log.info("sessions of an earlier supervisor go on", kind=kind, pids=sorted(spared[kind]))
+            else:
+                self.log.warning("cgroup of an earlier supervisor stays", kind=kind)
 
     def _make_parts(self, hierarchies: cgroup.Hierarchies) -> None:
         cri = self.who.get("cri", self.who["monitor"])
@@ -142,11 +172,17 @@ class Supervisor:
         systemd = self.config.cgroup_manager == "systemd"
         self.parents = Parents(self.ground, self.config.run_root, systemd=systemd)
         # All are bound before the first settings are made: cri is told where stream listens.
-        sockets = {kind: self._bind(self.table[kind]) for kind in self._worker_kinds()}
+        left = {row.kind: row for row in self._heritage.kinds} if self._heritage else {}
+        sockets = {kind: self._bind(self.table[kind], left.get(kind)) for kind in self._worker_kinds()}
         if "stream" in sockets and "http" in sockets["stream"].extra:
             self._stream_port = sockets["stream"].extra["http"].getsockname()[1]
         self._derivation = self._derive()
         self.kinds = {kind: self._make_kind(self.table[kind], sockets[kind]) for kind in sockets}
+        for kind, row in left.items():
+            if kind in self.kinds:
+                self.kinds[kind].inherit(row)
+            else:
+                self._disinherit(row)
         self.announcer = Announcer(
             self._notifier, self.loop, self.log, self.kinds, lambda: self.config.timeouts.worker_answer
         )
@@ -159,6 +195,15 @@ class Supervisor:
             degraded=self.groups.degraded,
         )
         self.server = Server(self.loop, Requests(self).table(), uids(self.who), log=self.log)
+        self.upgrade = Upgrade(self, self._start_as, self._heritage.upgrade if self._heritage else None)
+
+    def _disinherit(self, row: KindRow) -> None:
+        """A kind of the program before that this one does not have: its workers end."""
+        for worker in row.workers:
+            self.log.warning("worker of an unknown kind is killed", kind=row.kind, pid_of=worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            close_all(fd for fd in (worker.stderr_fd, worker.control_fd) if fd >= 0)
+        close_all([row.listener_fd, *row.extra_fds.values()])
 
     def _make_kind(self, entry: Entry, sockets: Sockets) -> Kind:
         return Kind(
@@ -171,12 +216,15 @@ class Supervisor:
             tally=self.tally,
             changed=self._kind_changed,
             bound=self._bound,
+            relayed=self._relayed,
         )
 
     def _derive(self) -> Derivation:
         return Derivation(self.config, self.who, self._stream_port, self._nri_worker, self.trust)
 
-    def _bind(self, entry: Entry) -> Sockets:
+    def _bind(self, entry: Entry, left: KindRow | None) -> Sockets:
+        if left is not None:
+            return inherit(left.listener_fd, left.extra_fds)
         path = f"{self.config.run_root}/ipc/{entry.kind}.sock"
         stream, ops = self.config.stream, self.config.ops
         http: dict[str, Place] = {"ops": ops.listen, "stream": (stream.address, stream.port)}
@@ -207,13 +255,8 @@ class Supervisor:
         self._catch_signals()
         self._preload()
         spawn.freeze()
-        listener = listen(
-            f"{self.config.run_root}/ipc/supervisor.sock",
-            sorted(self.who[kind].uid for kind in SUPERVISOR_CALLERS if kind in self.who),
-        )
-        self._listener = listener
-        self.server.listen(listener)
-        directories.empty(bind_directory(self.config))
+        self._listener = self._listen()
+        self.server.listen(self._listener)
         for kind in self.kinds.values():
             kind.start()
         self.probe.start()
@@ -223,6 +266,25 @@ class Supervisor:
         self._warn_of_policy()
         self.probe.when_done(self._probed)
         self.announcer.start()
+        if self._heritage is not None:
+            self._go_on(self._heritage)
+
+    def _listen(self) -> socket.socket:
+        if self._heritage is not None:
+            return socket.socket(fileno=self._heritage.listener_fd)
+        return listen(
+            f"{self.config.run_root}/ipc/supervisor.sock",
+            sorted(self.who[kind].uid for kind in SUPERVISOR_CALLERS if kind in self.who),
+        )
+
+    def _go_on(self, heritage: Heritage) -> None:
+        """This program was executed in place of another: everything that it had goes on."""
+        self.monitors.inherit(heritage.wards)
+        self.inits.inherit()
+        self.reaper.reap()
+        self.announcer.published = True
+        self._heritage = None
+        self.loop.call_soon(self.upgrade.exchange)
 
     def _preload(self) -> None:
         """What children share: a module imported after the fork dirties twice the pages that it needs."""
@@ -234,15 +296,52 @@ class Supervisor:
             self.loop.on_signal(number, self.stop)
         self.loop.on_signal(signal.SIGHUP, self._hung_up)
         self.loop.on_signal(signal.SIGUSR1, self._dump)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
+
+    # -- an upgrade in place --------------------------------------------------------------------------
+
+    def heritage(self) -> Heritage:
+        """What the program after this one must know. Ends the nursery: the next one is made of that
+        program."""
+        self.nursery.end()
+        return Heritage(
+            release=build(),
+            started_at_ns=self._started_at_ns,
+            lock_fds=self._locks.descriptors,
+            listener_fd=self._listener.fileno(),
+            log_fd=self.sink.fileno(),
+            kinds=[kind.row() for kind in self.kinds.values()],
+            upgrade=self.upgrade.state,
+            wards=self.monitors.rows(),
+        )
+
+    def settled(self) -> bool:
+        """True if nothing is half done that only this program could finish."""
+        busy = self.inits.starting or self.loop.pending or self.server.in_flight() or self._stopping
+        return not busy and all(kind.settled for kind in self.kinds.values())
+
+    def upgrading(self) -> None:
+        """This program is about to be replaced by another."""
+        self.announcer.reloading()
+
+    def not_upgraded(self) -> None:
+        """It was not: serve on."""
+        self.server.listen(self._listener)
+        self.announcer.reloaded()
 
     # -- telling the service manager --------------------------------------------------------------------
 
     def _bound(self, path: str) -> None:
         """cri has bound its socket: give it its public name."""
+        self._relayed(path)
         publish(path, bind_directory(self.config), self.config.listen)
         self.announcer.published = True
         self.log.info("CRI socket in place", path=self.config.listen)
         self.announcer.changed()
+
+    def _relayed(self, path: str) -> str:
+        """The name by which a cri that was replaced finds the newest."""
+        return relay(path, bind_directory(self.config), self.who["cri"].uid)
 
     def _kind_changed(self, kind: Kind) -> None:
         if kind.entry.kind == "nri" and "cri" in self.kinds and not self._stopping:
@@ -268,6 +367,7 @@ class Supervisor:
             state="stopping" if self._stopping else "ready",
             pid=os.getpid(),
             started_at_ns=self._started_at_ns,
+            release=build(),
         )
         workers = [row for kind in self.kinds.values() for row in kind.states()]
         return [own, *workers, *self._outliving()]

@@ -183,6 +183,7 @@ class Derivation:
             parallel_layers=config.image.parallel_layers,
             max_message_bytes=config.grpc.max_message_bytes,
             max_requests=config.grpc.max_requests,
+            max_connection_age=config.grpc.max_connection_age,
             pod_metrics=config.metrics.pod_metrics,
             nri=config.nri.enable,
             nri_needed=nri_needed(config),

@@ -158,6 +158,31 @@ def taken(path: str) -> bool:
     return True
 
 
+def inherit(listener_fd: int, extra_fds: Mapping[str, int]) -> Sockets:
+    """The sockets that the program before this one has bound."""
+    extra = {name: socket.socket(fileno=fd) for name, fd in extra_fds.items()}
+    return Sockets(socket.socket(fileno=listener_fd), extra)
+
+
+RELAY = "relay.sock"  # in cri's directory: a second name of the socket of the newest cri
+
+
+def relay(bound: str, directory: str, uid: int) -> str:
+    """Give the socket that cri has bound a name that stays, and return it: by it, a cri that was replaced
+    passes on what it is still asked. Raises RemoteError if it is no socket, or not there."""
+    path = f"{directory}/{RELAY}"
+    try:
+        if os.path.dirname(bound) != directory or not stat.S_ISSOCK(os.lstat(bound).st_mode):
+            raise invalid(f"{bound!r} is no socket in {directory!r}")
+        remove_tree(f"{path}.new")
+        os.link(bound, f"{path}.new", follow_symlinks=False)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise invalid(f"cannot name {bound!r}: {error}") from error
+    allow(path, [uid])
+    return path
+
+
 def publish(bound: str, directory: str, public: str) -> None:
     """Rename the socket that cri has bound in its directory over the public path, for root only.
 

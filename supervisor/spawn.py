@@ -63,6 +63,7 @@ class WorkerContext:
     control: socket.socket | None = None
     extra: dict[str, socket.socket] = field(default_factory=dict)
     report: SandboxReport = field(default_factory=lambda: SandboxReport(uid=0, gid=0))
+    standby: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class WorkerPlan:
     control: socket.socket
     listener: socket.socket | None = None
     extra: Mapping[str, socket.socket] = field(default_factory=dict)
+    standby: bool = False  # another worker of the kind still owns what this one will own
 
     def descriptors(self) -> list[int]:
         """What the worker keeps."""
@@ -193,6 +195,7 @@ def run_worker(plan: WorkerPlan) -> None:
         listener=plan.listener,
         control=plan.control,
         extra=dict(plan.extra),
+        standby=plan.standby,
     )
     boot.main(module, context, lambda: _enter(plan))
 

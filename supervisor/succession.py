@@ -19,6 +19,7 @@ from typing import Any
 
 from ipc import kernel, vault
 from supervisor import held
+from supervisor.heritage import WardRow
 from supervisor.worker import Ground
 
 REAPED, STATE, EXIT = "reaped.json", "state.json", "exit.json"
@@ -70,6 +71,41 @@ class Succession:
         if ward is not None:
             os.close(ward.vault_fd)
             self._unwatch(ward)
+
+    # -- an upgrade in place --------------------------------------------------------------------------
+
+    def rows(self) -> list[WardRow]:
+        """What the program after this one must know."""
+        return [
+            WardRow(
+                container_id=container_id,
+                pod_id=ward.pod_id,
+                vault_fd=ward.vault_fd,
+                pidfd=ward.pidfd,
+                pid=0 if ward.bereft else held.holder(f"{self._root}/{container_id}"),
+                init_pid=ward.init_pid,
+                bereft=ward.bereft,
+                successions=ward.successions,
+            )
+            for container_id, ward in self._wards.items()
+        ]
+
+    def inherit(self, row: WardRow) -> None:
+        """Take over a ward of the program before this one."""
+        ward = Ward(row.pod_id, row.vault_fd, row.pidfd, row.init_pid, row.bereft, row.successions)
+        self._wards[row.container_id] = ward
+
+    def look_after(self, container_id: str) -> None:
+        """Of a ward whose monitor is no child of ours, or had died already: go on where it was left."""
+        ward = self._wards[container_id]
+        if ward.bereft:
+            self._succeed(container_id, ward)
+        elif ward.pidfd >= 0:
+            self._ground.loop.add_reader(ward.pidfd, lambda: self._stranger_ended(container_id, ward))
+        elif os.path.lexists(f"{self._root}/{container_id}/{EXIT}"):
+            self.forget(container_id)
+        else:
+            self.died(container_id)
 
     def has(self, container_id: str) -> bool:
         """True if there is something to succeed to."""

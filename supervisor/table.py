@@ -34,6 +34,15 @@ class Restart(enum.StrEnum):
     NEVER = "never"
 
 
+class Exchange(enum.StrEnum):
+    """How a worker makes room for its successor when the program is upgraded in place."""
+
+    OVERLAP = "overlap"  # the new one serves, then the old one ends what it has begun
+    STANDBY = "standby"  # the new one waits for the old one's end: what they own has one owner
+    HANDOVER = "handover"  # as STANDBY, but the old one lets go and then passes on what it is still asked
+    RESTART = "restart"  # the old one ends, then the new one starts
+
+
 @dataclass(frozen=True)
 class Limits:
     """cgroup limits of a kind, all its processes together: bytes, tasks, weight (100 is everybody's)."""
@@ -53,8 +62,8 @@ class Entry:
     names further listening sockets (supervisor/sockets.py binds them). `preload`: the module is imported
     before the fork and shared. `without`: modules that cannot be imported in it, however much a library would
     like to. `stop_order`: low numbers are told to stop first. `drains`: what it has begun outlives its being
-    told to stop, and the supervisor (supervisor/drains.py). Life and limits of the rest are in `sandbox` and
-    `limits`; None means those of the supervisor.
+    told to stop, and the supervisor (supervisor/drains.py). `exchange`: how an upgrade replaces it. Life and
+    limits of the rest are in `sandbox` and `limits`; None means those of the supervisor.
     """
 
     kind: str
@@ -73,6 +82,7 @@ class Entry:
     without: frozenset[str] = frozenset()
     stop_order: int = 0
     drains: bool = False
+    exchange: Exchange = Exchange.OVERLAP
 
     @property
     def on_demand(self) -> bool:
@@ -115,6 +125,7 @@ TABLE: Table = by_kind(
         ),
         limits=Limits(memory=2048 * MIB, pids=512),
         stop_order=3,
+        exchange=Exchange.STANDBY,
     ),
     Entry(
         kind="network",
@@ -132,6 +143,7 @@ TABLE: Table = by_kind(
         ),
         limits=Limits(memory=1024 * MIB, pids=1024),
         stop_order=3,
+        exchange=Exchange.STANDBY,
     ),
     Entry(
         kind="cri",
@@ -157,6 +169,7 @@ TABLE: Table = by_kind(
         ),
         limits=Limits(memory=1024 * MIB, pids=256, cpu_weight=200),
         stop_order=1,
+        exchange=Exchange.HANDOVER,
     ),
     Entry(
         kind="image",
@@ -254,6 +267,7 @@ TABLE: Table = by_kind(
         limits=Limits(memory=1024 * MIB, pids=1024),  # with the plugins that are installed
         extra=("plugins",),
         stop_order=2,
+        exchange=Exchange.RESTART,  # installed plugins are its children, and there is one of each
     ),
     Entry(
         kind="nursery",

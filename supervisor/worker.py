@@ -19,14 +19,17 @@ from ipc.channel import pair
 from ipc.errors import Code, RemoteError
 from ipc.log import Log
 from ipc.loop import Loop, Timer
+from ipc.messages import Body
 from ipc.messages.control import Health
 from ipc.messages.supervisor import SandboxReport, WorkerState
+from ipc.release import build
 from ipc.settings import Common
 from supervisor import spawn
 from supervisor.cgroup import Groups
 from supervisor.config import TimeoutsConfig
 from supervisor.control import Control
 from supervisor.drains import Drains, Lock
+from supervisor.heritage import WorkerRow
 from supervisor.logsink import Lines, LogSink
 from supervisor.reaper import Reaper
 from supervisor.sandbox.report import differences
@@ -36,6 +39,7 @@ from supervisor.spawn import DUMP_SIGNAL
 from supervisor.table import Entry
 
 DUMP_WAIT = 0.5  # seconds in which a process has written its stacks
+DRAIN_LIMIT = 900.0  # seconds for what a worker that was replaced has begun
 KILL_AFTER = 2.0  # seconds from SIGABRT, or from the end of the grace, to SIGKILL
 
 
@@ -100,6 +104,9 @@ class Worker:
     answered: float | None = None  # monotonic time of the last answered ping
     condemned: bool = False  # what holds is not what the table says: no retry makes it good
     why: str = ""  # why we killed it, if we did
+    standby: bool = False  # another one still owns what this one will own
+    release: str = field(default_factory=build)  # what it was forked from
+    inherited: bool = False  # forked by the program that this supervisor was before
     _control: Control | None = None
     _stderr_fd: int = -1
     _stderr: Lines = field(default_factory=Lines)
@@ -112,9 +119,9 @@ class Worker:
     # -- beginning ------------------------------------------------------------------------------------
 
     @classmethod
-    def start(cls, ground: Ground, origin: Origin, events: Events) -> Worker:
+    def start(cls, ground: Ground, origin: Origin, events: Events, *, standby: bool = False) -> Worker:
         """Fork it. Raises OSError if there can be no process."""
-        worker = cls(ground, origin, events)
+        worker = cls(ground, origin, events, standby=standby)
         worker._oom_kills = worker._count_oom_kills()
         ours, theirs = pair()
         lock = ground.drains.lock(origin.entry.kind) if origin.entry.drains else None
@@ -139,6 +146,37 @@ class Worker:
         child.open_gate()
         return worker
 
+    @classmethod
+    def inherit(cls, ground: Ground, origin: Origin, events: Events, row: WorkerRow) -> Worker:
+        """Take over one that the program before this one has forked."""
+        worker = cls(ground, origin, events, pid=row.pid, phase=Phase(row.phase), inherited=True)
+        worker.started, worker.started_at_ns, worker.release = row.started, row.started_at_ns, row.release
+        worker.report, worker.why = row.report, row.why
+        worker._oom_kills = worker._count_oom_kills()
+        worker._stderr_fd = row.stderr_fd
+        os.set_inheritable(row.stderr_fd, False)
+        worker.answered = ground.loop.time() if worker.phase is Phase.READY else None
+        worker._watch(None if row.control_fd < 0 else socket.socket(fileno=row.control_fd), row.asked)
+        if worker.phase is not Phase.READY and not origin.entry.drains:
+            worker._kill_later(DRAIN_LIMIT)
+        return worker
+
+    def row(self) -> WorkerRow:
+        """What the program after this one must know of it."""
+        return WorkerRow(
+            kind=self.kind,
+            pid=self.pid,
+            phase=self.phase.value,
+            started=self.started,
+            started_at_ns=self.started_at_ns,
+            release=self.release,
+            control_fd=-1 if self._control is None else self._control.fileno(),
+            asked=0 if self._control is None else self._control.asked,
+            stderr_fd=self._stderr_fd,
+            report=self.report,
+            why=self.why,
+        )
+
     def _job(self, control: socket.socket, stderr_fd: int, lock: Lock | None) -> spawn.Job:
         entry = self.origin.entry
         level = self.origin.settings.log_level
@@ -152,6 +190,7 @@ class Worker:
             control=control,
             listener=self.origin.sockets.listener,
             extra=self.origin.sockets.extra,
+            standby=self.standby,
         )
         return spawn.Job(
             title=f"bulkhead: {entry.kind}",
@@ -161,23 +200,30 @@ class Worker:
             stderr_fd=stderr_fd,
         )
 
-    def _watch(self, ours: socket.socket) -> None:
+    def _watch(self, ours: socket.socket | None, asked: int = 0) -> None:
         ground = self.ground
         ground.reaper.watch(self.pid, self._ended)
         ground.loop.add_reader(self._stderr_fd, self._read_stderr)
-        self._control = Control(
+        if ours is not None:
+            self._control = self._make_control(ours, asked)
+        if self.phase is Phase.STARTING:
+            self._timer = ground.loop.call_later(
+                ground.timeouts.worker_start, lambda: self.kill("it did not say hello in time", abort=True)
+            )
+
+    def _make_control(self, ours: socket.socket, asked: int) -> Control:
+        ground = self.ground
+        return Control(
             ground.loop,
             ours,
             self.origin.entry.kind,
             self.pid,
             on_hello=self._hello,
-            on_bound=self.events.bound,
+            on_bound=self._bound,
             on_drain=self._drain,
             on_close=self._channel_closed,
             log=ground.log,
-        )
-        self._timer = ground.loop.call_later(
-            ground.timeouts.worker_start, lambda: self.kill("it did not say hello in time", abort=True)
+            asked=asked,
         )
 
     def _hello(self, report: SandboxReport) -> None:
@@ -191,6 +237,9 @@ class Worker:
         self.phase = Phase.READY
         self.answered = time.monotonic()
         self.events.ready(self)
+
+    def _bound(self, path: str) -> None:
+        self.events.bound(path)  # whoever it belongs to by now
 
     def _drain(self) -> None:
         if not self.origin.entry.drains or self.phase is Phase.STARTING:
@@ -240,6 +289,37 @@ class Worker:
         elif routine and answer.code is Code.DEADLINE_EXCEEDED:
             self.kill("it answers no pings", abort=True)
         finished()
+
+    # -- being exchanged ------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """It stood by; now it is its turn."""
+        self.standby = False
+        if self._control is not None:
+            self._control.begin(self._begun)
+
+    def _begun(self, answer: Body | RemoteError) -> None:
+        if isinstance(answer, RemoteError) and answer.code is Code.DEADLINE_EXCEEDED:
+            self.kill("it does not begin", abort=True)
+
+    def hand_over(self, path: str, done: Callable[[], object], timeout: float) -> None:
+        """Have cri let go of its state for the one that stands by at `path`; it drains from then on. One that
+        does not is killed: `done`, or its end, says that the state is free."""
+
+        def answered(answer: Body | RemoteError) -> None:
+            if isinstance(answer, RemoteError):
+                self.kill(f"it does not hand over: {answer.text}")
+            else:
+                self.leave()
+                done()
+
+        assert self._control is not None
+        self._control.hand_over(path, answered, timeout)
+
+    def leave(self) -> None:
+        """It ends by itself with what it has begun; nobody waits for it, but not for ever."""
+        self.phase = Phase.DRAINING
+        self._kill_later(DRAIN_LIMIT)
 
     def reload(self, settings: bytes) -> None:
         """Tell it its new settings."""
@@ -357,4 +437,5 @@ class Worker:
             doing=self.health.doing,
             last_ping_ms=-1 if self.answered is None else int((now - self.answered) * 1000),
             sandbox=self.report,
+            release=self.release,
         )

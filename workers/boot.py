@@ -41,7 +41,8 @@ class Context(Generic[S]):
     """What the supervisor hands to a worker. The sockets are the worker's own from here on.
 
     `listener` listens at `<run_root>/ipc/<kind>.sock`; `control` is one end of a pair; `extra` holds further
-    listening sockets by name. `report` is filled in when the sandbox is shut.
+    listening sockets by name. `report` is filled in when the sandbox is shut. `standby`: another worker of
+    the kind still owns what this one will own.
     """
 
     kind: str
@@ -51,10 +52,11 @@ class Context(Generic[S]):
     control: socket.socket | None = None
     extra: dict[str, socket.socket] = field(default_factory=dict)
     report: SandboxReport = field(default_factory=lambda: SandboxReport(uid=0, gid=0))
+    standby: bool = False
 
 
 class WorkerModule(Protocol):
-    """What workers/X/main.py offers."""
+    """What workers/X/main.py offers, and `STANDS_BY = True` if it waits for its turn by itself."""
 
     def prepare(self, context: Context[Any]) -> Any: ...
 
@@ -68,7 +70,45 @@ def main(module: WorkerModule, context: Context[Any], enter: Callable[[], Sandbo
     gc.collect()
     gc.freeze()  # what is loaded now stays: no collection looks at it again, in this process or its children
     context.report = enter()
-    module.run(context, state)
+    if not context.standby or getattr(module, "STANDS_BY", False) or stand_by(context):
+        module.run(context, state)
+
+
+def stand_by(context: Context[Any]) -> bool:
+    """Say hello, answer pings, touch nothing until told to begin. False if the worker is to end instead."""
+    assert context.control is not None
+    loop, begun = Loop(), []
+
+    def begin(_call: Call, _body: control.Begin) -> Empty:
+        begun.append(True)
+        loop.call_soon(loop.stop)
+        return Empty()
+
+    def stop(_call: Call, _body: control.Stop) -> Empty:
+        loop.call_soon(loop.stop)
+        return Empty()
+
+    def reload(_call: Call, body: control.Reload) -> Empty:
+        context.settings = msgspec.msgpack.decode(body.settings, type=type(context.settings))
+        return Empty()
+
+    def ping(_call: Call, _body: control.Ping) -> control.Health:
+        return control.Health(doing="standing by")
+
+    handlers = control_table(ping, stop, reload, begin=begin)
+    connection = Connection(loop, context.control, SUPERVISOR, handlers, log=context.log)
+    connection.on_close(loop.stop)
+    connection.ask(control.Hello(report=context.report), _must_be_welcome, timeout=HELLO_TIMEOUT)
+    loop.run()
+    if begun:
+        connection.detach()
+    loop.close()
+    return bool(begun)
+
+
+def _must_be_welcome(answer: Body | RemoteError, _fds: object) -> None:
+    if isinstance(answer, RemoteError):
+        raise answer
 
 
 # -- selector workers -------------------------------------------------------------------------------------
@@ -106,7 +146,10 @@ class Service:
             self._loop, self._context.control, SUPERVISOR, self._control_handlers(), log=self._context.log
         )
         connection.on_close(self._loop.stop)
-        connection.ask(control.Hello(report=self._context.report), self._welcome, timeout=HELLO_TIMEOUT)
+        if self._context.standby:  # it was said before
+            self._accept()
+        else:
+            connection.ask(control.Hello(report=self._context.report), self._welcome, timeout=HELLO_TIMEOUT)
         self._loop.run()
         self.server.close()
 
@@ -114,8 +157,10 @@ class Service:
         return control_table(self._ping, self._told_to_stop, self._reload)
 
     def _welcome(self, answer: Body | RemoteError, _fds: object) -> None:
-        if isinstance(answer, RemoteError):
-            raise answer
+        _must_be_welcome(answer, _fds)
+        self._accept()
+
+    def _accept(self) -> None:
         if self._context.listener is not None:
             self.server.listen(self._context.listener)
 
@@ -137,7 +182,7 @@ class Service:
     def _stop(self, grace: float) -> None:
         if not self._stopping:
             self._stopping = True
-            self.server.stop_accepting()
+            self.server.drain()
             if self._on_stop is not None:
                 self._on_stop()
             self._finish(time.monotonic() + grace)
@@ -174,12 +219,21 @@ def take_common(context: Context[Any], settings: bytes) -> None:
 
 
 def control_table(
-    ping: Callable[..., Any], stop: Callable[..., Any], reload: Callable[..., Any]
+    ping: Callable[..., Any],
+    stop: Callable[..., Any],
+    reload: Callable[..., Any],
+    *,
+    begin: Callable[..., Any] | None = None,
+    hand_over: Callable[..., Any] | None = None,
 ) -> Mapping[str, Handler]:
-    """Return the handlers of the control channel, the same for every worker."""
+    """Return the handlers of the control channel, the same for every worker but one that stands by, and one
+    that hands over."""
     callers = frozenset({"supervisor"})
-    return table(
+    rows = [
         Handler(control.Ping, ping, callers),
         Handler(control.Stop, stop, callers),
         Handler(control.Reload, reload, callers),
-    )
+    ]
+    rows += [Handler(control.Begin, begin, callers)] if begin is not None else []
+    rows += [Handler(control.HandOver, hand_over, callers)] if hand_over is not None else []
+    return table(*rows)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from ipc import aio
-from ipc.errors import RemoteError
+from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet
 from ipc.heap import Heap
 from ipc.messages import Empty, control
@@ -49,6 +49,7 @@ class AioService:
         busy: Callable[[], bool] | None = None,
         idle_exit: float | None = None,
         drain: Drain | None = None,
+        on_hand_over: Callable[[str], Awaitable[object]] | None = None,
     ) -> None:
         self.server = aio.Server(handlers, context.settings.uids, log=context.log)
         self._context = context
@@ -63,17 +64,39 @@ class AioService:
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
         self._control: aio.Connection | None = None
+        self._on_hand_over = on_hand_over
+        self._turn = asyncio.Event()
 
     async def start(self) -> None:
-        """Say hello to the supervisor, then accept. Raises RemoteError if the supervisor refuses."""
+        """Say hello to the supervisor, then accept, unless another worker's end must come first (`turn`).
+
+        Raises RemoteError if the supervisor refuses.
+        """
         assert self._context.control is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop_now)
-        handlers = control_table(self._ping, self._told_to_stop, self._reload)
+        handlers = control_table(
+            self._ping, self._told_to_stop, self._reload, begin=self._begin, hand_over=self._hand_over
+        )
         self._control = aio.Connection(
             self._context.control, SUPERVISOR, handlers, log=self._context.log, on_bug=self._bug
         )
         self._control.on_close = lambda _connection: self._stop.set()
         await self.tell(control.Hello(report=self._context.report))
+        if not self._context.standby:
+            self._accept()
+
+    async def turn(self) -> None:
+        """Of a worker that stands by: wait for its turn, then accept. Raises aio.Lost if it is to end
+        instead."""
+        ends = [asyncio.create_task(self._turn.wait()), asyncio.create_task(self._stop.wait())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
+            task.cancel()
+        if not self._turn.is_set():
+            raise aio.Lost("told to end before its turn came")
+        self._accept()
+
+    def _accept(self) -> None:
         if self._context.listener is not None:
             self.server.start(self._context.listener)
 
@@ -95,7 +118,7 @@ class AioService:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self.server.failed.done():
                 self.server.failed.result()
-            self.server.stop_accepting()
+            self.server.drain()
             if self._context.listener is not None:
                 self._context.listener.close()  # a supervisor that is gone must find its places free
             await self._drained()
@@ -144,6 +167,17 @@ class AioService:
     async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
         self._grace = body.grace_ms / 1000
         self._stop.set()
+        return Empty()
+
+    async def _begin(self, _call: aio.Call, _body: control.Begin) -> Empty:
+        self._turn.set()
+        return Empty()
+
+    async def _hand_over(self, _call: aio.Call, body: control.HandOver) -> Empty:
+        if self._on_hand_over is None:
+            raise RemoteError(Code.UNIMPLEMENTED, f"a {self._context.kind} worker has nothing to hand over")
+        self.server.drain()
+        await self._on_hand_over(body.path)
         return Empty()
 
     async def _reload(self, _call: aio.Call, body: control.Reload) -> Empty:

@@ -32,6 +32,19 @@ class Drain(Request[Empty]):
     """
 
 
+@request("control.worker.begin", idempotent=True)
+class Begin(Request[Empty]):
+    """Supervisor -> worker that stands by: the one before you has let go of what you own. Open it, serve."""
+
+
+@request("control.worker.handover", idempotent=True)
+class HandOver(Request[Empty]):
+    """Supervisor -> `cri`: your successor stands by, with its gRPC socket at this path. The answer says that
+    the state is let go; from then on you only finish what you can and pass on what you are asked."""
+
+    path: str
+
+
 class Health(Body):
     requests: list[InFlight] = []
     doing: str = ""

@@ -196,6 +196,7 @@ class WorkerState(Body):
     doing: str = ""
     sandbox: SandboxReport | None = None
     queued: int = 0  # requests that it has taken and that wait for others to end
+    release: str = ""  # what it was started from, as `bulkhead version --build` says it
 
 
 class ConfigReloaded(Body):
@@ -209,6 +210,33 @@ class ConfigReloaded(Body):
 @request("supervisor.config.reload", reply=ConfigReloaded, idempotent=True)
 class ConfigReload(Request[ConfigReloaded]):
     """Read the configuration anew, as SIGHUP does (bulkheadctl only)."""
+
+
+class UpgradeState(Body):
+    """An upgrade in place. `phase`: "none", "trial" (is the program that is installed now able to?),
+    "exchange" (it runs; the workers are exchanged one after the other), "done", "failed" (see `faults`: what
+    still runs is that of before)."""
+
+    serial: int = 0  # counts the upgrades of this instance
+    phase: str = "none"
+    before: str = ""  # which build ran
+    after: str = ""  # which build runs now
+    exchanged: list[str] = []  # kinds of worker, in their order
+    faults: list[str] = []
+
+
+@request("supervisor.upgrade.begin", reply=UpgradeState, idempotent=True)
+class UpgradeBegin(Request[UpgradeState]):
+    """Execute the program that is installed now in place, and exchange the workers (`bulkhead upgrade` only).
+
+    Answered when the trial is over and the program is about to be executed. FAILED_PRECONDITION says what
+    speaks against it, and nothing has happened then. Asked again while one goes on, it is that one.
+    """
+
+
+@request("supervisor.upgrade.get", reply=UpgradeState, idempotent=True)
+class UpgradeGet(Request[UpgradeState]):
+    """How far the last upgrade is."""
 
 
 class ConfigText(Body):

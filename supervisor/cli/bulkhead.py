@@ -1,8 +1,9 @@
 """Runs in: the command line `bulkhead`, which with `serve` becomes the supervisor.
 
 Reads flags and configuration and says in a sentence what is wrong with them; the supervisor itself is
-supervisor/server.py. Exit codes: 0 ended in order, 1 could not run, 2 usage or configuration, 4 `check` has
-found something that is wrong still, or `wipe` found something in its way.
+supervisor/server.py. Exit codes: 0 ended in order, 1 could not run, 2 usage or configuration, 3 `upgrade`
+found nothing that could be upgraded in place, a restart is what helps, 4 `check` has found something that is
+wrong still, or `wipe` found something in its way.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ def parser() -> argparse.ArgumentParser:
         "--pid-file", metavar="FILE", help="with --daemon: write the pid here and lock the file"
     )
     serve.add_argument("--log-file", metavar="FILE", help="with --daemon: log here (<run root>/bulkhead.log)")
+    serve.add_argument(
+        "--check", action="store_true", help="only load everything, tell this build as JSON, and end"
+    )
+    upgrade = commands.add_parser(
+        "upgrade", help="make the running supervisor execute the program that is installed now, in place"
+    )
+    upgrade.set_defaults(run=_upgrade)
+    _configuration_flags(upgrade)
+    upgrade.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="how long to wait for its end (120)"
+    )
     config = commands.add_parser("config", help="print the effective configuration")
     config.set_defaults(run=_config)
     _configuration_flags(config)
@@ -138,26 +150,52 @@ def _serve(options: argparse.Namespace) -> int:
     for name in ("config", "config_dir", "pid_file", "log_file"):
         setattr(options, name, _path(getattr(options, name)))
     config = _load(options)
-    if options.daemon:
+    from supervisor.heritage import VARIABLE
+
+    if options.check:
+        return _check(options, config)
+    if options.daemon and VARIABLE not in os.environ:
         return _daemon(options, config)
     return _supervise(options, config)
 
 
-def _supervise(options: argparse.Namespace, config: Config) -> int:
+def _check(options: argparse.Namespace, config: Config) -> int:
+    """What an upgrade in place wants to know before it executes this program."""
+    from supervisor.trial import check
 
+    print(check(config, identities(config.users, options.table), options.table))
+    return 0
+
+
+def _supervise(options: argparse.Namespace, config: Config) -> int:
     from supervisor.directories import InstanceRunning
     from supervisor.notify import Notifier
     from supervisor.server import Supervisor
     from supervisor.title import set_title
+    from supervisor.upgrade import Start, inherited
 
+    heritage = inherited(os.environ)
+    start = Start()
+    notifier = Notifier(os.environ)
     set_title("bulkhead: supervisor [priv]")
-    _standard_descriptors()
+    if heritage is None:
+        _standard_descriptors()
     try:
-        Supervisor(config, Notifier(os.environ), lambda: _load(options), options.table).run()
+        Supervisor(
+            config, notifier, lambda: _load(options), options.table, start=start, heritage=heritage
+        ).run()
     except (InstanceRunning, OSError) as error:
         print(f"bulkhead: {error}", file=sys.stderr)
         return FAILED
+    if heritage is not None and options.daemon and options.pid_file:
+        os.unlink(options.pid_file)  # who made it would have
     return 0
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    from supervisor.cli.upgrading import upgrade
+
+    return upgrade(_load(options).run_root, options.timeout)
 
 
 def _standard_descriptors() -> None:

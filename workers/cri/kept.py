@@ -26,13 +26,20 @@ class PodFiles:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._ours = True
         os.makedirs(directory, mode=0o700, exist_ok=True)
 
     def _path(self, pod_id: str) -> str:
         return f"{self._directory}/{pod_id}{SUFFIX}"
 
+    def let_go(self) -> None:
+        """Another worker writes them from now on."""
+        self._ours = False
+
     def write(self, pod_id: str, kept: Body) -> None:
         """Replace a pod's file. Raises OSError."""
+        if not self._ours:
+            return
         path = self._path(pod_id)
         with open(f"{path}.new", "wb") as file:
             file.write(msgspec.json.encode(kept))
@@ -40,8 +47,9 @@ class PodFiles:
 
     def remove(self, pod_id: str) -> None:
         """Remove a pod's file; absent is success. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(pod_id))
+        if self._ours:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(pod_id))
 
     def ids(self) -> list[str]:
         """The pods that have a file."""

@@ -36,6 +36,8 @@ from workers.cri.state import Store
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 STOP_GRACE = 5.0
+#: It binds its socket before its turn comes, so it waits for that by itself (workers/boot.py).
+STANDS_BY = True
 
 
 def runtime_service(service: Service) -> dict[str, RpcHandler]:
@@ -165,7 +167,8 @@ class Worker:
     async def run(self) -> None:
         """Serve; returns after a clean stop, raises the first bug of a background task."""
         settings, prepared = self._context.settings, self._prepared
-        store = Store(f"{settings.run_root}/cri/state.db", prepared.boot_id)
+        path = f"{settings.run_root}/cri/state.db"
+        store = Store(path, prepared.boot_id, wait=self._context.standby)
         node = Node(settings, store, Peers(settings), prepared.node_name)
         service = Service(node, prepared.version)
         front = self._front(service)
@@ -179,6 +182,7 @@ class Worker:
             service.stats,
             max_requests=settings.max_requests,
             max_message_bytes=settings.max_message_bytes,
+            max_connection_age=settings.max_connection_age,
         )
         front.add_service("RuntimeService", runtime_service(service), runtime_streams(service))
         front.add_service("ImageService", image_service(service), image_streams(service))
@@ -192,10 +196,24 @@ class Worker:
             await front.stop(STOP_GRACE)
             await node.operations.close(STOP_GRACE)
 
+        async def hand_over(relay: str) -> None:
+            front.pass_on(relay)
+            await front.settled(lambda: bool(len(node.operations)))
+            front.move()
+            node.let_go()
+            service.streaming.let_go()
+            node.operations.background("drain", drained())
+
+        async def drained() -> None:
+            await front.drained()
+            control_.stop()
+
         def reload(settings: bytes) -> None:
             node.reload(msgspec.msgpack.decode(settings, type=CriSettings))
 
-        control_ = CriService(self._context, handlers(service), on_stop=stop, on_reload=reload)
+        control_ = CriService(
+            self._context, handlers(service), on_stop=stop, on_reload=reload, on_hand_over=hand_over
+        )
         control_.front = front
         control_.running = service.running
         node.operations.on_bug = control_._bug
@@ -207,6 +225,10 @@ class Worker:
         path = self._bind_path()
         await front.start(path)
         await control_.tell(control.SocketBound(path=path))
+        if self._context.standby:
+            await control_.turn()
+            service.node.store.open()
+        service.streaming.take_over()
         recovery = Recovery(service.node, service.pods, service.containers, service.watcher)
         await recovery.load()
         service.node.open_to_plugins()

@@ -56,6 +56,13 @@ class Node:
             self.plugins.reload(settings)
         self._host = self._idmap = None
 
+    def let_go(self) -> None:
+        """Another worker owns the state from now on, and finishes what has begun: nothing is asked and
+        nothing is written here any more. What still runs stands still, or comes to its end in memory."""
+        self.operations.let_go()
+        self.peers.park()
+        self.store.let_go()
+
     def open_to_plugins(self) -> None:
         """The state is whole, plugins may be told of it. Newer settings may have come before."""
         self._open = True

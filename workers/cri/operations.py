@@ -64,7 +64,7 @@ class Operations:
         return task
 
     def _ended(self, key: Key, task: asyncio.Task[Any]) -> None:
-        del self._running[key]
+        self._running.pop(key, None)
         self._settle(task)
 
     def _settle(self, task: asyncio.Task[Any]) -> None:
@@ -94,6 +94,14 @@ class Operations:
         task.add_done_callback(self._settle)
         task.add_done_callback(self._background.discard)
         return task
+
+    def let_go(self) -> None:
+        """Accept no more; what runs is left as it is, and what nobody waits for is cancelled."""
+        self._closing = True
+        for task in self._background:
+            task.cancel()
+        self._background.clear()
+        self._running.clear()
 
     async def close(self, grace: float) -> None:
         """Accept no more; give what runs `grace` seconds, then leave it to the next worker's recovery.

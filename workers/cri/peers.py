@@ -52,6 +52,10 @@ class Peer(Protocol):
         """End the connection."""
         ...
 
+    def park(self, *, abandon: bool) -> None:
+        """Ask nothing any more."""
+        ...
+
 
 class Peers:
     """One client for each process that cri may ask; those of monitors are made when they are needed."""
@@ -65,6 +69,7 @@ class Peers:
         #: An idle connection would keep the pool's worker from its idle exit.
         self.image: Peer = Client(settings.ipc_socket("image"), idle_close=5.0)
         self._monitors: dict[str, Peer] = {}
+        self._parked = False
 
     def monitor(self, container_id: str) -> Peer:
         """The client of a container's monitor."""
@@ -76,13 +81,24 @@ class Peers:
     def connect_monitor(self, container_id: str) -> Peer:
         """A new client of a monitor's control socket."""
         # A connection keeps a process of the monitor's alive.
-        return Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock", idle_close=1.0)
+        client = Client(f"{self._settings.monitor_directory(container_id)}/ctl.sock", idle_close=1.0)
+        if self._parked:
+            client.park(abandon=False)
+        return client
 
     async def forget_monitor(self, container_id: str) -> None:
         """The monitor is gone: end its connection."""
         client = self._monitors.pop(container_id, None)
         if client is not None:
             await client.close()
+
+    def park(self) -> None:
+        """Nothing more is asked of anybody; only monitors still finish what they do."""
+        self._parked = True
+        for client in (self.storage, self.network, self.nri, self.supervisor, self.image):
+            client.park(abandon=True)
+        for client in self._monitors.values():
+            client.park(abandon=False)
 
     async def close(self) -> None:
         """End every connection."""

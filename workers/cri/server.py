@@ -25,6 +25,7 @@ from ipc.errors import GRPC_STATUS, Code, RemoteError
 from ipc.messages.supervisor import InFlight
 from workers.cri import stages
 from workers.cri.metrics import RpcStats
+from workers.cri.relay import Relay
 
 STATUS_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 MAX_MESSAGE = 3500  # characters of a status text: trailers share one 8 KiB header list
@@ -34,6 +35,10 @@ KUBELET_WORDS = frozenset({"RegistryUnavailable", "SignatureValidationFailed"})
 QUIET = ("List", "Stream", "Status", "Version", "RuntimeConfig", "ImageFsInfo", "ImageStatus")
 #: Streams that last until somebody ends them.
 ENDLESS = {"GetContainerEvents"}
+#: RPCs that are not begun again at a successor: they need no state any more, and must not happen twice.
+FINISHED_HERE = {"ExecSync"}
+AGE_JITTER = 1.1  # gRPC takes up to a tenth more or less than the age that it is told
+SETTLE = 2.0  # seconds for what is going on when a successor takes over
 
 
 @dataclass
@@ -46,6 +51,8 @@ class Rpc:
     subject: Mapping[str, str] = field(default_factory=dict)  # what it is about, for the log
     since: float = field(default_factory=time.monotonic)
     waits: list[str] = field(default_factory=list)  # messages to other processes that it waits for
+    task: asyncio.Task[Any] | None = field(default_factory=asyncio.current_task)
+    moved: bool = False  # it goes on at the successor
 
     def timeout(self, most: float) -> float:
         """Seconds that what answers this RPC may take: the client's deadline, and at most `most`."""
@@ -61,17 +68,26 @@ Streamer = Callable[[bytes], AsyncIterator[bytes]]
 class Front:
     """The gRPC server. `open()` lets requests through; until then they wait."""
 
-    def __init__(self, stats: RpcStats, *, max_requests: int, max_message_bytes: int) -> None:
+    def __init__(
+        self, stats: RpcStats, *, max_requests: int, max_message_bytes: int, max_connection_age: float = 60.0
+    ) -> None:
         self._stats = stats
         self._max_requests = max_requests
         self._numbers = count(1)
         self._running: dict[int, Rpc] = {}
         self._open = asyncio.Event()
         self._streams: set[asyncio.Task[Any] | None] = set()
+        self._relay: Relay | None = None  # once a successor has taken over
+        self._passed = 0  # RPCs that it is serving for us
+        self._leaving = False
+        self._max_message_bytes, self._age = max_message_bytes, max_connection_age
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.so_reuseport", 0),
+            # Not for its own sake: after a server's stop begins it kills RPCs that cross its goodbye, but one
+            # that is said because of age is heard by clients without a loss.
+            ("grpc.max_connection_age_ms", int(max_connection_age * 1000)),
         ]
         self._server = grpc.aio.server(options=options)
 
@@ -84,7 +100,8 @@ class Front:
         streams: Mapping[str, StreamHandler],
     ) -> None:
         """Serve one service of the CRI. Raises ValueError if a handler is of no RPC, or of the wrong kind."""
-        methods = pb.DESCRIPTOR.services_by_name[name].methods_by_name
+        described = pb.DESCRIPTOR.services_by_name[name]
+        methods = described.methods_by_name
         for given, streaming in ((handlers, False), (streams, True)):
             right = {rpc for rpc, method in methods.items() if method.server_streaming is streaming}
             if unknown := given.keys() - right:
@@ -95,8 +112,8 @@ class Front:
             else self._row(methods[rpc], handlers.get(rpc))
             for rpc in methods
         }
-        service = pb.DESCRIPTOR.services_by_name[name].full_name
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, rows),))
+        handler = grpc.method_handlers_generic_handler(described.full_name, rows)
+        self._server.add_generic_rpc_handlers((handler,))
 
     def add_stream(self, service: str, method: str, streamer: Streamer) -> None:
         """Serve one server stream of plain bytes, beside the CRI."""
@@ -105,6 +122,11 @@ class Front:
             self._streams.add(task := asyncio.current_task())
             try:
                 await self._open.wait()
+                if self._relay is not None:
+                    streamer_ = self._relay
+                    async for item in streamer_.stream(f"/{service}/{method}", request, context):
+                        yield item
+                    return
                 async for item in streamer(request):
                     yield item
             finally:
@@ -115,13 +137,13 @@ class Front:
 
     def _row(self, method: Any, handler: Handler | None) -> grpc.RpcMethodHandler[Any, Any]:
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(method.name, handler or unimplemented),
+            self._unary(method, handler or unimplemented),
             request_deserializer=getattr(pb, method.input_type.name).FromString,
             response_serializer=to_bytes,
         )
 
     def _stream_row(self, method: Any, handler: StreamHandler | None) -> grpc.RpcMethodHandler[Any, Any]:
-        serve: Any = self._streaming(method.name, handler or unimplemented_stream)
+        serve: Any = self._streaming(method, handler or unimplemented_stream)
         return grpc.unary_stream_rpc_method_handler(
             serve,
             request_deserializer=getattr(pb, method.input_type.name).FromString,
@@ -141,10 +163,46 @@ class Front:
 
     async def stop(self, grace: float) -> None:
         """Accept no more, give running RPCs `grace` seconds. Endless streams get none."""
+        self._end_streams()
+        await self._server.stop(grace)
+
+    def _end_streams(self) -> None:
         for task in self._streams:
             if task is not None:
                 task.cancel()
-        await self._server.stop(grace)
+
+    # -- a successor ------------------------------------------------------------------------------------
+
+    def pass_on(self, path: str) -> None:
+        """What is asked from now on is passed on to the successor; endless streams end in order."""
+        self._relay = Relay(path, self._max_message_bytes)
+        self._end_streams()
+
+    async def settled(self, busy: Callable[[], bool]) -> None:
+        """Wait until what had begun is over, but not for long, nor for what is finished here anyway."""
+        end = time.monotonic() + SETTLE
+        while (self._unfinished() or busy()) and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    def _unfinished(self) -> list[Rpc]:
+        return [rpc for rpc in self._running.values() if rpc.name not in FINISHED_HERE]
+
+    def move(self) -> None:
+        """What is not over by now goes on at the successor."""
+        for rpc in self._unfinished():
+            rpc.moved = True
+            if rpc.task is not None:
+                rpc.task.cancel()
+
+    async def drained(self) -> None:
+        """Return when clients have connected to the successor and nothing is served here any more."""
+        await asyncio.sleep(self._age * AGE_JITTER + SETTLE)
+        while self._running or self._passed:
+            await asyncio.sleep(0.1)
+        self._leaving = True
+        self._end_streams()
+        while self._streams:
+            await asyncio.sleep(0.01)
 
     def in_flight(self) -> list[InFlight]:
         """What is being served."""
@@ -161,15 +219,46 @@ class Front:
 
     # -- one RPC --------------------------------------------------------------------------------------
 
-    def _unary(self, name: str, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
+    def _unary(self, method: Any, handler: Handler) -> Callable[[Any, Any], Awaitable[Any]]:
         async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            rpc = Rpc(name, next(self._numbers), context, subject_of(request))
-            answer, error = await self._serve(rpc, handler, request)
+            if self._relay is not None:
+                return await self._pass(method, request, context)
+            rpc = Rpc(method.name, next(self._numbers), context, subject_of(request))
+            try:
+                answer, error = await self._serve(rpc, handler, request)
+            except asyncio.CancelledError:
+                if not rpc.moved or rpc.task is None:
+                    raise
+                rpc.task.uncancel()
+                return await self._pass(method, request, context)
             if error is not None:
                 await context.abort(status_of(error), error.message[:MAX_MESSAGE])
             return answer
 
         return serve
+
+    async def _pass(self, method: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        assert self._relay is not None
+        self._passed += 1
+        try:
+            return await self._relay.unary(_path(method), request.SerializeToString(), context)
+        finally:
+            self._passed -= 1
+
+    async def _pass_stream(
+        self, method: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        assert self._relay is not None
+        self._streams.add(task := asyncio.current_task())
+        try:
+            async for message in self._relay.stream(_path(method), request.SerializeToString(), context):
+                yield message
+        except asyncio.CancelledError:
+            if not self._leaving or task is None:
+                raise
+            task.uncancel()
+        finally:
+            self._streams.discard(task)
 
     async def _serve(self, rpc: Rpc, handler: Handler, request: Any) -> tuple[Any, RemoteError | None]:
         answer, error = None, None
@@ -188,7 +277,7 @@ class Front:
             code, error = Code.INTERNAL, bug_of(rpc)
         finally:
             del self._running[rpc.number]
-            self._note(rpc, code, "" if error is None else error.message)
+            self._note(rpc, "moved" if rpc.moved else code, "" if error is None else error.message)
         return answer, error
 
     def _admit(self) -> None:
@@ -200,7 +289,7 @@ class Front:
     def _note(self, rpc: Rpc, code: str, text: str) -> None:
         seconds = time.monotonic() - rpc.since
         if rpc.name not in ENDLESS:
-            self._stats.observe(rpc.name, seconds, failed=code != "ok")
+            self._stats.observe(rpc.name, seconds, failed=code not in {"ok", "moved"})
         fields: dict[str, Any] = {"rpc": rpc.name, "request": rpc.number, "code": code}
         fields |= {"ms": round(seconds * 1000, 1), **rpc.subject}
         if text:
@@ -209,9 +298,14 @@ class Front:
         quiet |= code == "ok" and rpc.name.endswith(("Status", "Stats"))
         (log.get().debug if quiet else log.get().info)("rpc", **fields)
 
-    def _streaming(self, name: str, handler: StreamHandler) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    def _streaming(self, method: Any, handler: StreamHandler) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            rpc = Rpc(name, next(self._numbers), context)
+            if self._relay is not None:
+                async with contextlib.aclosing(self._pass_stream(method, request, context)) as passed:
+                    async for message in passed:
+                        yield message
+                return
+            rpc = Rpc(method.name, next(self._numbers), context)
             end = _End()
             task = self._streams_begin(rpc)
             try:
@@ -222,6 +316,10 @@ class Front:
                         yield message
             except RemoteError as known:
                 end.code, end.error = known.code, known
+            except asyncio.CancelledError:
+                if self._relay is None or task is None:
+                    raise
+                task.uncancel()  # an end in order: the client asks again, and the successor answers
             finally:
                 self._streams_end(rpc, task)
                 self._note(rpc, end.code, "" if end.error is None else end.error.message)
@@ -264,6 +362,11 @@ async def _ended(handler: StreamHandler, rpc: Rpc, request: Any, end: _End) -> A
     except Exception as bug:  # noqa: BLE001 - logged with its stack; other pods must still be served
         log.get().bug("rpc crashed", bug, rpc=rpc.name, request=rpc.number)
         end.code, end.error = Code.INTERNAL, bug_of(rpc)
+
+
+def _path(method: Any) -> str:
+    """The name of an RPC in gRPC."""
+    return f"/{method.containing_service.full_name}/{method.name}"
 
 
 def bug_of(rpc: Rpc) -> RemoteError:

@@ -33,6 +33,7 @@ from workers.cri.kept import PodFiles as KeptFiles
 from workers.cri.names import ContainerName, Ids, PodName
 
 B = TypeVar("B", bound=Body)
+NOWHERE = ":memory:"
 
 
 class Phase(enum.StrEnum):
@@ -174,9 +175,12 @@ class Observer(Protocol):
 
 
 class Store:
-    """All pods and containers. Changing a record takes effect with `save_pod` or `save_container`."""
+    """All pods and containers. Changing a record takes effect with `save_pod` or `save_container`.
 
-    def __init__(self, path: str, boot_id: str) -> None:
+    `wait`: the file is another worker's until `open`. After `let_go` it is; what is changed then is nobody's.
+    """
+
+    def __init__(self, path: str, boot_id: str, *, wait: bool = False) -> None:
         self.pods: dict[str, Pod] = {}
         self.containers: dict[str, Container] = {}
         self._of_pod: dict[str, dict[str, Container]] = {}
@@ -190,7 +194,19 @@ class Store:
         #: Called after every change, with the state as it is from now on; `gone` if the subject was dropped.
         self.observers: list[Observer] = []
         self.kept = KeptFiles(f"{os.path.dirname(path)}/pods")
-        self._db = self._open(path)
+        self._path = path
+        self._db = database.connect(NOWHERE) if wait else self._open(path)
+
+    def open(self) -> None:
+        """The file is ours now. Raises what the disk has against it."""
+        self._db.close()
+        self._db = self._open(self._path)
+
+    def let_go(self) -> None:
+        """The file is another worker's from now on; what operations still write goes nowhere."""
+        self.kept.let_go()
+        self._db.close()
+        self._db = database.connect(NOWHERE)
 
     def close(self) -> None:
         """Close the file."""

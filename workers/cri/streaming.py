@@ -12,6 +12,8 @@ import contextlib
 import os
 from dataclasses import dataclass
 
+import msgspec
+
 from ipc import aio, log
 from ipc.cri import api_pb2 as pb
 from ipc.errors import invalid, not_found, precondition
@@ -20,6 +22,7 @@ from ipc.messages.cri import Redeemed, SessionOpen, TokenRedeem
 from ipc.messages.monitor import AttachOpen, ExecOpen, SessionOpened
 from ipc.messages.network import PortConnect
 from workers.cri.containers import Containers
+from workers.cri.kept import read_bytes
 from workers.cri.node import Node
 from workers.cri.pods import Pods
 from workers.cri.spec import exec_process
@@ -54,6 +57,14 @@ class Asked:
     ports: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Names:
+    """What is handed over: names, what they stand for, until when."""
+
+    tokens: list[tuple[str, Asked, float]]
+    sessions: list[tuple[str, Asked, float]]
+
+
 class Streaming:
     """The three RPCs and the two messages of stream."""
 
@@ -69,6 +80,27 @@ class Streaming:
     def open_sessions(self) -> None:
         """The state is loaded: sessions can be opened."""
         self._ready.set()
+
+    # -- a successor ------------------------------------------------------------------------------------
+
+    def _handed(self) -> str:
+        return f"{self._node.settings.run_root}/cri/tokens"
+
+    def let_go(self) -> None:
+        """Names that clients have got are good with the next worker too. Raises OSError."""
+        data = msgspec.msgpack.encode(Names(self._tokens.rows(), self._sessions.rows()))
+        fd = os.open(self._handed(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+
+    def take_over(self) -> None:
+        """Take what the worker before us has let go. Raises OSError."""
+        data = read_bytes(self._handed())
+        if data is not None:
+            os.unlink(self._handed())
+            names = msgspec.msgpack.decode(data, type=Names)
+            self._tokens.take(names.tokens)
+            self._sessions.take(names.sessions)
 
     # -- RPCs -----------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import os
 import time
 from _blake2 import blake2b  # by itself, as compare_digest: hashlib and hmac bring OpenSSL, 2 MB, with them
 from _operator import _compare_digest as compare_digest
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -63,6 +63,16 @@ class Tokens(Generic[T]):
         if entry is None or not compare_digest(entry.name.encode(), name.encode()):
             return None
         return entry.value
+
+    def rows(self) -> list[tuple[str, T, float]]:
+        """Every name that is good: itself, what it stands for, until when."""
+        self._expire()
+        return [(entry.name, entry.value, entry.until) for entry in self._entries.values()]
+
+    def take(self, rows: Iterable[tuple[str, T, float]]) -> None:
+        """Know the names of another table, oldest first; before any is issued."""
+        for name, value, until in rows:
+            self._entries[self._digest(name)] = _Entry(name, value, until)
 
     def _digest(self, name: str) -> bytes:
         return blake2b(name.encode(), key=self._key).digest()

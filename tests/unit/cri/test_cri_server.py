@@ -173,6 +173,9 @@ class Sick:
     async def close(self) -> None:
         return
 
+    def park(self, *, abandon: bool) -> None:
+        raise AssertionError(abandon)
+
 
 def test_a_thousand_containers_are_listed_quickly() -> None:
     async def scenario(_world: World, worker: Worker) -> None:
