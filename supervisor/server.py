@@ -498,6 +498,7 @@ class Supervisor:
         for path in (self.config.listen, f"{self.config.run_root}/ipc/supervisor.sock"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+        directories.empty(bind_directory(self.config))
         self.log.info("supervisor ends")
         self.sink.close()
         self._locks.release()

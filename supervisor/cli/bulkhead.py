@@ -153,13 +153,13 @@ def _serve(options: argparse.Namespace) -> int:
     from supervisor.heritage import VARIABLE
 
     if options.check:
-        return _check(options, config)
+        return _trial(options, config)
     if options.daemon and VARIABLE not in os.environ:
         return _daemon(options, config)
     return _supervise(options, config)
 
 
-def _check(options: argparse.Namespace, config: Config) -> int:
+def _trial(options: argparse.Namespace, config: Config) -> int:
     """What an upgrade in place wants to know before it executes this program."""
     from supervisor.trial import check
 
