@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from supervisor.cli.ctl import containers, images, node, overview, pods, streaming, upkeep
+from supervisor.cli.ctl import complete, containers, images, node, observe, overview, pods, streaming, upkeep
 from supervisor.cli.ctl.connection import Connection, CtlError
 
 DEFAULT_SOCKET = "/run/bulkhead/bulkhead.sock"
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "-t", "--timeout", type=float, default=120.0, help="seconds for a request (default: 120)"
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (overview, node, upkeep, pods, containers, streaming, images):
+    for module in (overview, node, upkeep, pods, containers, streaming, images, observe, complete):
         module.register(commands)
     return top
 

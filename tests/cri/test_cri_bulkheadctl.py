@@ -113,6 +113,50 @@ def test_everything_about_one_thing_is_json(ctl: World) -> None:
     assert json.loads(ctl("inspecti", ctl.images.busybox))["image"]["repoTags"] == [ctl.images.busybox]
 
 
+def test_what_containers_use_is_told(ctl: World) -> None:
+    head, row = ctl("stats").splitlines()
+    assert head.split()[:2] == ["CONTAINER", "ID"]
+    assert row.split()[:2] == [ctl.container[:13], "counter"]
+    (one,) = ctl.json("stats", "-p", ctl.pod)
+    assert int(one["cpu"]["usageCoreNanoSeconds"]["value"]) > 0
+    assert ctl.json("stats", "--pod", "other") == ctl.json("stats", "other") == []
+
+
+def test_events_are_told_as_they_come(ctl: World) -> None:
+    sandbox = json.loads(Path(ctl.pod_file).read_text())
+    sandbox["metadata"] = {"name": "watched", "namespace": "tests", "uid": "w"}
+    (ctl.node.root / "watched.json").write_text(json.dumps(sandbox))
+    command = [
+        sys.executable,
+        "-m",
+        "supervisor.cli.bulkheadctl",
+        "-r",
+        str(ctl.node.socket),
+        "events",
+        "-n",
+        "4",
+    ]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as follower:
+        time.sleep(1.0)  # the stream is open when the first event is made
+        pod = ctl("runp", str(ctl.node.root / "watched.json")).strip()
+        ctl("rmp", "--force", pod)
+        told, _ = follower.communicate(timeout=20)
+    assert follower.returncode == 0
+    lines = [line.split() for line in told.splitlines()]
+    kinds = ["created", "started", "stopped", "deleted"]
+    assert [line[1:] for line in lines] == [[kind, "pod", pod[:13], "tests/watched"] for kind in kinds]
+    assert all(line[0].startswith("20") for line in lines)
+    assert ctl.fails("events", "-n", "-1")[0] == USAGE
+
+
+def test_shells_are_told_what_there_is(ctl: World) -> None:
+    assert ctl("complete", "pods") == f"{ctl.pod[:13]}\ttests/shown\n"
+    assert ctl("complete", "containers") == f"{ctl.container[:13]}\tcounter of tests/shown, running\n"
+    assert ctl("complete", "images").partition("\t")[0] == ctl.images.busybox
+    nobody = ctl.node.ctl("-r", f"{ctl.node.root}/none.sock", "complete", "pods", check=False)
+    assert (nobody.returncode, nobody.stdout, nobody.stderr) == (UNREACHABLE, "", "")
+
+
 def test_workers_are_told_with_what_they_use_and_what_holds_in_them(ctl: World) -> None:
     told = {worker["kind"]: worker for worker in ctl.json("workers")}
     assert {"supervisor", "cri", "image", "storage", "network", "stream", "ops", "monitor"} <= told.keys()

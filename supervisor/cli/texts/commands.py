@@ -6,8 +6,12 @@ The command lines as data: argparse's parsers, walked once for everybody who wri
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from supervisor.cli.ctl.complete import OFFERED
+
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Option:
     choices: tuple[str, ...]
     repeated: bool
     required: bool
+    offered: str = ""  # what of the node its value names: `bulkheadctl complete` lists it
 
     @property
     def is_argument(self) -> bool:
@@ -77,10 +82,11 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[Command]:
         names.setdefault(id(sub), []).append(name)
     for name, sub in action.choices.items():
         if names[id(sub)][0] == name:
-            yield Command(name, tuple(names[id(sub)][1:]), helps[name], tuple(_options(sub)))
+            offered = OFFERED.get(name, {}) if parser.prog == "bulkheadctl" else {}
+            yield Command(name, tuple(names[id(sub)][1:]), helps[name], tuple(_options(sub, offered)))
 
 
-def _options(parser: argparse.ArgumentParser) -> Iterator[Option]:
+def _options(parser: argparse.ArgumentParser, offered: Mapping[str, str] = _NOTHING) -> Iterator[Option]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             continue
@@ -92,6 +98,9 @@ def _options(parser: argparse.ArgumentParser) -> Iterator[Option]:
             choices=tuple(str(choice) for choice in action.choices or ()),
             repeated=action.nargs in ("*", "+", argparse.REMAINDER),
             required=action.nargs not in ("?", "*", argparse.REMAINDER),
+            offered=next(
+                (offered[name] for name in (*action.option_strings, _value(action)) if name in offered), ""
+            ),
         )
 
 

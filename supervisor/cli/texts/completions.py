@@ -1,7 +1,8 @@
 """Runs in: the build of packages, and tests.
 
-Completions for bash, zsh and fish: commands, their flags, and the values of those flags that have a fixed
-set. Everything else is completed as a file's name.
+Completions for bash, zsh and fish: commands, their flags, the values of those flags that have a fixed set,
+and pods, containers and images, which the program is asked for. Everything else is completed as a file's
+name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def bash(program: Program) -> str:
         f"# Completion of {program.name} for bash; written from its command line.",
         f"{function}() {{",
         "    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]} command= word words=",
+        "    # names of images have colons, at which bash breaks words",
+        "    declare -F _get_comp_words_by_ref >/dev/null && _get_comp_words_by_ref -n : cur prev",
         '    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do',
         f"        case $word in {names})",
         "            command=$word",
@@ -35,6 +38,7 @@ def bash(program: Program) -> str:
         "        ;;",
         "    esac",
         '    mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")',
+        '    declare -F __ltrim_colon_completions >/dev/null && __ltrim_colon_completions "$cur"',
         "}",
         f"complete -o default -F {function} {program.name}",
     ]
@@ -47,13 +51,26 @@ def _bash_values(program: Program) -> Iterator[str]:
             if option.flags and option.choices:
                 patterns = " | ".join(f"{name}:{flag}" for name in command.names for flag in option.flags)
                 yield f'    {patterns}) words="{" ".join(option.choices)}" ;;'
+            elif option.flags and option.offered:
+                patterns = " | ".join(f"{name}:{flag}" for name in command.names for flag in option.flags)
+                yield f"    {patterns}) words={_bash_asked(program, option.offered)} ;;"
 
 
 def _bash_words(program: Program) -> Iterator[str]:
     top = [*_flags(program.top), *(command.name for command in program.commands)]
     yield f'        "") words="{" ".join(top)}" ;;'
     for command in program.commands:
-        yield f'        {" | ".join(command.names)}) words="{" ".join(_words(command))}" ;;'
+        asked = [option.offered for option in command.options if option.is_argument and option.offered]
+        yield f"        {' | '.join(command.names)})"
+        yield f'            words="{" ".join(_words(command))}"'
+        if asked:
+            yield f'            [[ $cur == -* ]] || words+=" "{_bash_asked(program, asked[0])}'
+        yield "            ;;"
+
+
+def _bash_asked(program: Program, what: str) -> str:
+    """The first words of what the program lists."""
+    return f'"$({program.name} complete {what} 2>/dev/null | cut -f 1)"'
 
 
 def _flags(command: Command) -> list[str]:
@@ -70,6 +87,7 @@ def zsh(program: Program) -> str:
     lines = [
         f"#compdef {program.name}",
         f"# Completion of {program.name} for zsh; written from its command line.",
+        *_zsh_asked(program),
         f"_{program.name}() {{",
         "    local state line",
         "    local -a commands=(",
@@ -92,6 +110,22 @@ def zsh(program: Program) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _zsh_asked(program: Program) -> list[str]:
+    """A function that asks the program and describes what it lists."""
+    if not any(option.offered for command in program.commands for option in command.options):
+        return []
+    return [
+        f"_{program.name}_asked() {{",
+        "    local -a words meanings",
+        "    local word meaning",
+        "    while IFS=$'\\t' read -r word meaning; do",
+        '        words+=("$word") meanings+=("$word  -- $meaning")',
+        f'    done < <({program.name} complete "$1" 2>/dev/null)',
+        "    compadd -d meanings -a words",
+        "}",
+    ]
+
+
 def _quoted(text: str) -> str:
     return text.replace("'", "'\\''").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
 
@@ -109,7 +143,8 @@ def _zsh_case(command: Command) -> Iterator[str]:
 
 
 def _zsh_option(option: Option) -> str:
-    values = f"({' '.join(option.choices)})" if option.choices else "_files"
+    asked = f"_bulkheadctl_asked {option.offered}" if option.offered else "_files"
+    values = f"({' '.join(option.choices)})" if option.choices else asked
     if option.is_argument:
         star = "*" if option.repeated else ""
         return f"'{star}:{_quoted(option.value.lower())}:{values}'"
@@ -137,13 +172,19 @@ def _named(command: Command) -> list[Option]:
 
 
 def _fish_option(program: str, condition: str, option: Option) -> str:
-    words = f" -x -a '{' '.join(option.choices)}'" if option.choices else " -r" if option.value else ""
+    words = f" -x -a '{_fish_words(program, option)}'" if _fish_words(program, option) else ""
     if option.is_argument:
-        return f"complete -c {program} -n {condition}{words}" if option.choices else ""
+        return f"complete -c {program} -n {condition}{words}" if words else ""
+    words = words or (" -r" if option.value else "")
     spellings = "".join(
         f" -l {flag[2:]}" if flag.startswith("--") else f" -s {flag[1:]}" for flag in option.flags
     )
     return f"complete -c {program} -n {condition}{spellings}{words} -d {_fish_quoted(option.help)}"
+
+
+def _fish_words(program: str, option: Option) -> str:
+    asked = f"({program} complete {option.offered} 2>/dev/null)" if option.offered else ""
+    return " ".join(option.choices) or asked
 
 
 def _fish_quoted(text: str) -> str:

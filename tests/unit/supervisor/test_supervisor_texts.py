@@ -60,6 +60,32 @@ def test_bash_completes_commands_flags_and_values(written: Path) -> None:
     assert completed(written, "ps", "--state", "r") == {"running"}
 
 
+def test_shells_offer_pods_containers_and_images_by_asking(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "bulkheadctl"
+    asked.write_text('#!/bin/sh\n[ "$1" = complete ] && printf "%s\\tone\\na.test/%s:1\\ttwo\\n" "$2" "$2"\n')
+    asked.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert completed(written, "stopp", "p") == {"pods"}
+    assert completed(written, "logs", "-f", "c") == {"containers"}
+    assert completed(written, "ps", "--pod", "") == {"pods", "a.test/pods:1"}
+    assert completed(written, "rmi", "a.test/i") == {"a.test/images:1"}
+    assert completed(written, "logs", "--fo") == {"--follow"}
+    line = f"source {written}/bulkheadctl.fish; complete -C 'bulkheadctl rmi a'"
+    done = subprocess.run(["fish", "--no-config", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[0] == "a.test/images:1\ttwo"
+    assert "_bulkheadctl_asked containers" in (written / "bulkheadctl.zsh").read_text()
+
+
+def test_every_argument_that_names_something_of_the_node_is_offered() -> None:
+    bulkheadctl = programs()[1]
+    named = {"ID", "POD", "NAME"}
+    for command in bulkheadctl.commands:
+        lost = [one.value for one in command.options if one.value in named and not one.offered]
+        assert not lost, f"{command.name} {lost}"
+
+
 def test_manual_pages_are_well_formed_and_complete(written: Path) -> None:
     for program in programs():
         text = (written / f"{program.name}.8").read_text()
