@@ -10,6 +10,7 @@ PACKAGES := python3 python3-venv crun runc containernetworking-plugins iptables 
 VM_PACKAGES := user-mode-linux mmdebstrap e2fsprogs systemd-container
 PACKAGING_PACKAGES := debhelper dpkg-dev fakeroot binutils lintian rpm rpmlint mandoc zsh fish bash-completion
 BENCH_PACKAGES := conmon containerd podman
+PROMTOOL := .cache/promtool
 
 # $(call install,PACKAGES) installs those that are missing.
 define install
@@ -60,7 +61,14 @@ demo: setup ## Start Bulkhead, pull an image, run a pod, show its log, status an
 vm-image: setup system-vm ## Build the root file system of the virtual machines, if it is not there (half a minute)
 	@$(BIN)/python -m tests.support.vm_image
 
-test: setup vm-image system-packaging wheels ## All tests, linters among them
+# Of the whole package one program is wanted, and no server that starts when it is installed.
+$(PROMTOOL): | setup
+	@mkdir -p $(@D) && work=$$(mktemp -d) && trap "rm -rf $$work" EXIT && cd $$work && \
+		{ apt-get download -qq -o APT::Sandbox::User=root prometheus || { apt-get update -qq && \
+		apt-get download -qq -o APT::Sandbox::User=root prometheus; }; } && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && mv usr/bin/promtool $(CURDIR)/$@
+
+test: setup vm-image system-packaging wheels $(PROMTOOL) ## All tests, linters among them
 	@$(BIN)/python -m pytest
 
 test-unit: setup system-packaging ## Tests that need neither root nor a runtime

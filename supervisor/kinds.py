@@ -58,6 +58,7 @@ class Kind:
         self.draining: dict[int, Worker] = {}  # they end with their last session; no policy looks at them
         self.exchange: Exchange | None = None  # while an upgrade replaces a worker
         self.restarts = 0
+        self.lagged = 0  # as all its processes told, those of the past among them
         self.last_death = ""
         self._ground = ground
         self._settings = settings
@@ -178,7 +179,9 @@ class Kind:
                 stage=one.doing or worker.health.doing or "unknown",
                 pid_of=worker.pid,
             )
-        served = worker.health.counters.get("served", 0)
+        served, lagged = worker.health.counters.get("served", 0), worker.health.counters.get("lagged", 0)
+        self.lagged += lagged - worker.lagged
+        worker.lagged = lagged
         if self.entry.recycle and served >= self.entry.recycle and not self._stopping:
             self._ground.log.info("worker recycled", kind=self.entry.kind, pid_of=worker.pid, served=served)
             worker.stop(self._ground.timeouts.worker_stop)
@@ -422,7 +425,7 @@ class Kind:
         """A row per process, or one that says why there is none."""
         rows = [worker.state() for worker in self.workers.values()] or [self._no_process()]
         for row in rows:
-            row.restarts = self.restarts
+            row.restarts, row.lagged = self.restarts, self.lagged
             row.last_death = self.last_death
         return rows + draining(self.entry.kind, self.identity.uid, self._spared(), self._release_of)
 

@@ -101,6 +101,7 @@ class Worker:
     started_at_ns: int = field(default_factory=time.time_ns)
     report: SandboxReport | None = None
     health: Health = field(default_factory=Health)
+    lagged: int = 0  # as of the last health that its kind has counted
     answered: float | None = None  # monotonic time of the last answered ping
     condemned: bool = False  # what holds is not what the table says: no retry makes it good
     why: str = ""  # why we killed it, if we did

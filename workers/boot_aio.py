@@ -50,6 +50,7 @@ class AioService:
         idle_exit: float | None = None,
         drain: Drain | None = None,
         on_hand_over: Callable[[str], Awaitable[object]] | None = None,
+        counters: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         self.server = aio.Server(handlers, context.settings.uids, log=context.log)
         self._context = context
@@ -60,6 +61,7 @@ class AioService:
         self._idle_exit = idle_exit
         self._grace = 5.0
         self._drain = drain
+        self._counters = counters or dict
         self._heap = Heap()
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
@@ -160,7 +162,7 @@ class AioService:
                 last_busy = time.monotonic()
 
     async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
-        counters = {"served": self.server.served}  # the supervisor recycles by it
+        counters = {**self._counters(), "served": self.server.served}  # the supervisor recycles by it
         asyncio.get_running_loop().call_soon(self._heap.settle)
         return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
 

@@ -174,6 +174,7 @@ class SessionEnd(Body):
 
     exit_code: int = 0  # of an exec; 128+n for signal n
     error: str = ""  # it could not be started, or was ended: a sentence
+    lagged: bool = False  # ended because the client did not keep up with the output
 
 
 @request("monitor.exec.open", reply=SessionOpened, idempotent=False)

@@ -197,6 +197,7 @@ class WorkerState(Body):
     sandbox: SandboxReport | None = None
     queued: int = 0  # requests that it has taken and that wait for others to end
     release: str = ""  # what it was started from, as `bulkhead version --build` says it
+    lagged: int = 0  # clients that the kind has let go, since they did not keep up with what they asked for
 
 
 class ConfigReloaded(Body):

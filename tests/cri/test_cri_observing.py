@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ipc.cri import api_pb2 as pb
-from tests.support import machine
+from tests.support import dashboard, machine
 from tests.support.cri_client import SHELL, Client
 from tests.support.daemon import CGROUPS, Node, wait_for
 from tests.support.images import served
@@ -18,6 +21,8 @@ from tests.support.images import served
 #: Another one than other modules have, whose bridges may still stand.
 BRIDGE, SUBNET = "bhobs0", "10.216.0.0/16"
 SECOND = 1_000_000_000
+PROMTOOL = Path(__file__).resolve().parents[2] / ".cache/promtool"
+DASHBOARD = dashboard.load()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,35 @@ def test_metrics_have_values_for_what_this_host_has(client: Client) -> None:
     assert values["container_file_descriptors"] == 3
     assert values["container_fs_limit_bytes"] > values["container_fs_usage_bytes"] > 0
     assert abs(values["container_last_seen"] - time.time()) < 30
+
+
+def test_promtool_finds_no_fault_in_a_scrape_nor_in_what_the_dashboard_asks(
+    client: Client, tmp_path: Path
+) -> None:
+    client.running(*SHELL, "sleep 100")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(10)
+        sock.connect(str(client.node.run_root / "ops.sock"))
+        sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    head, _, scrape = answer.partition(b"\r\n\r\n")
+    assert b" 200 OK" in head
+    assert b"bulkhead_rpc_duration_seconds_bucket" in scrape
+    assert promtool("check", "metrics", text=scrape.decode()) == ""
+    rules = [
+        {"record": "x:y", "expr": dashboard.filled(query)} for _, query, _ in dashboard.queries(DASHBOARD)
+    ]
+    file = tmp_path / "rules.yml"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert f"{len(rules)} rules found" in promtool("check", "rules", "--lint=none", str(file))
+
+
+def promtool(*arguments: str, text: str = "") -> str:
+    """What Prometheus's own checker says, all of it. Raises AssertionError if it finds a fault."""
+    assert PROMTOOL.exists(), "make .cache/promtool"
+    done = subprocess.run([PROMTOOL, *arguments], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_events_come_in_order(client: Client) -> None:

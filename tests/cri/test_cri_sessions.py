@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from ipc.cri import api_pb2 as pb
+from ipc.messages.supervisor import WorkerState
 from tests.support import machine
 from tests.support.daemon import Node, alive, wait_for
 from tests.support.images import served
@@ -303,6 +304,10 @@ def test_a_terminal_is_attached_resized_and_left(kubelet: Kubelet) -> None:
     assert kubelet.status(container).state == pb.CONTAINER_RUNNING
 
 
+def lagging(node: Node) -> list[WorkerState]:
+    return [worker for worker in node.workers() if worker.lagged]
+
+
 def test_one_who_does_not_listen_is_let_go_and_nobody_waits(kubelet: Kubelet) -> None:
     flood = "head -c 25000000 /dev/zero; echo done >&2; sleep 100"
     script = f"until [ -e /go ]; do echo tick; sleep 0.1; done; {flood}"
@@ -316,6 +321,7 @@ def test_one_who_does_not_listen_is_let_go_and_nobody_waits(kubelet: Kubelet) ->
         deaf.to_end()
     assert b"did not keep up" in deaf.text("error")
     assert len(deaf.text("stdout")) < 25000000
+    assert [one.kind for one in wait_for(lambda: lagging(kubelet.node), "it is counted", 10)] == ["stream"]
 
 
 def test_sessions_of_both_kinds_survive_the_others(kubelet: Kubelet) -> None:

@@ -270,7 +270,7 @@ class Attached:
     def _lag(self, client: Client) -> None:
         self.lagged += 1
         self._log.warning("attached client let go", why=LAGGED, lagged=self.lagged)
-        client.drop(SessionEnd(error=LAGGED))
+        client.drop(SessionEnd(error=LAGGED, lagged=True))
 
     def _feed_ended(self) -> None:
         """The keeper sends no more: after the container's end that was all, before it we were too slow."""

@@ -138,8 +138,11 @@ def _of_workers(snapshot: Snapshot) -> Iterator[Metric]:
     states = Counter((worker.kind, worker.state) for worker in ordered)
     yield _gauge("workers", "Processes of the map by state.", ["kind", "state"], sorted(states.items()))
     kinds = {kind: list(of) for kind, of in groupby(ordered, key=attrgetter("kind"))}
-    restarts = [((kind,), sum(worker.restarts for worker in of)) for kind, of in kinds.items()]
+    # both are a kind's, and every process of it has them
+    restarts = [((kind,), max(worker.restarts for worker in of)) for kind, of in kinds.items()]
     yield _counter("worker_restarts", "Restarts after a death.", ["kind"], restarts)
+    lagged = max((worker.lagged for worker in kinds.get("stream", [])), default=0)
+    yield _counter("attach_laggards", "Clients that did not keep up with output.", [], [((), lagged)])
     for name, text, of_workers in WORKER_GAUGES:
         values = [((kind,), of_workers(of)) for kind, of in kinds.items()]
         known = [(labels, value) for labels, value in values if value is not None]

@@ -46,6 +46,7 @@ async def _serve(context: boot.Context[StreamSettings], certificates: Certificat
         on_stop=server.close,
         on_reload=lambda settings: _reload(context, service, settings),
         busy=server.busy,
+        counters=lambda: {"lagged": server.lagged},
         idle_exit=context.settings.idle_exit,
         drain=server,
     )

@@ -82,6 +82,7 @@ class StreamServer:
         self._cri = aio.Client(settings.ipc_socket("cri"), idle_close=IDLE_CLOSE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._entries: dict[int, Entry] = {}
+        self.lagged = 0  # clients that were let go, since they did not keep up with the output
         self._numbers = 0
         self._seen = 0
         self._loop = asyncio.get_running_loop()
@@ -257,6 +258,9 @@ class StreamServer:
         redeemed.ports = redeemed.ports or asked.ports
         return redeemed
 
+    def _lagged(self) -> None:
+        self.lagged += 1
+
     async def _session(self, entry: Entry, number: int) -> None:
         self._entries[number] = entry
 
@@ -267,7 +271,7 @@ class StreamServer:
         terms = entry.terms
         words = {"kind": terms.kind, "pod": terms.redeemed.pod_id, "container": terms.redeemed.container_id}
         self._log.info("session", transport=terms.agreed.transport, protocol=terms.agreed.protocol, **words)
-        session = sessions.make(terms, entry.wire, open_, self._settings)
+        session = sessions.make(terms, entry.wire, open_, self._settings, self._lagged)
         with contextlib.suppress(ConnectionError):
             await session.run()
         wire = entry.wire

@@ -66,8 +66,11 @@ def named(opened: SessionOpened, fds: FdSet) -> dict[str, int]:
 class RemoteCommand:
     """exec or attach."""
 
-    def __init__(self, terms: Terms, wire: Wire, open_: Open, settings: StreamSettings) -> None:
+    def __init__(
+        self, terms: Terms, wire: Wire, open_: Open, settings: StreamSettings, on_lag: Callable[[], object]
+    ) -> None:
         redeemed = terms.redeemed
+        self._on_lag = on_lag
         self._kind, self._agreed, self._wire, self._open = terms.kind, terms.agreed, wire, open_
         self._settings = settings
         self._wanted = Wanted(
@@ -189,6 +192,8 @@ class RemoteCommand:
             end = msgspec.msgpack.decode(raw, type=SessionEnd)
         except msgspec.DecodeError:
             return self._failed("the container's monitor is gone")
+        if end.lagged:
+            self._on_lag()
         if end.error:
             return self._failed(end.error)
         return Outcome(exit_code=end.exit_code if self._kind == "exec" else 0)
@@ -370,7 +375,10 @@ class Forwarded:
             self._timer.cancel()
 
 
-def make(terms: Terms, wire: Wire, open_: Open, settings: StreamSettings) -> RemoteCommand | PortForward:
-    """The session of a kind."""
-    kind = PortForward if terms.kind == "portforward" else RemoteCommand
-    return kind(terms, wire, open_, settings)
+def make(
+    terms: Terms, wire: Wire, open_: Open, settings: StreamSettings, on_lag: Callable[[], object]
+) -> RemoteCommand | PortForward:
+    """The session of a kind. `on_lag`: its client was let go, since it did not keep up with the output."""
+    if terms.kind == "portforward":
+        return PortForward(terms, wire, open_, settings)
+    return RemoteCommand(terms, wire, open_, settings, on_lag)

@@ -17,6 +17,8 @@ WORKERS = [
                 requests=[InFlight(type="a.b.c", age_ms=2500)],
                 sandbox=SandboxReport(uid=1, gid=1, degraded=["landlock: not in this kernel"])),
     WorkerState(kind="image", name="image", state="idle"),
+    WorkerState(kind="stream", name="stream", state="ready", pid=13, restarts=3, lagged=4),
+    WorkerState(kind="stream", name="stream", state="draining", pid=14),
     WorkerState(kind="monitor", name="monitor a", state="ready", pid=11),
     WorkerState(kind="monitor", name="monitor b", state="ready", pid=12),
 ]  # fmt: skip
@@ -70,6 +72,8 @@ def samples(snapshot: Snapshot) -> dict[str, float]:
         ("bulkhead_worker_up{kind=cri}", 1),
         ("bulkhead_worker_up{kind=image}", 0),
         ("bulkhead_worker_restarts_total{kind=cri}", 2),
+        ("bulkhead_worker_restarts_total{kind=stream}", 3),
+        ("bulkhead_attach_laggards_total{}", 4),
         ("bulkhead_worker_requests_in_flight{kind=cri}", 1),
         ("bulkhead_worker_oldest_request_seconds{kind=cri}", 2.5),
         ("bulkhead_worker_ping_age_seconds{kind=cri}", 1.5),
