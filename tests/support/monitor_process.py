@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 
+from ipc import vault
 from ipc.blocking import Client
 from ipc.log import Log
 from ipc.messages import monitor as messages
@@ -112,10 +113,13 @@ class MonitorProcess:
         listener.bind(str(self.directory / "ctl.sock"))
         listener.listen(64)
         settings = MonitorSettings(root="/", run_root=str(self.run_root), log_buffer=log_buffer)
+        vault_fd = vault.make()
+        vault.put(vault_fd, vault.LISTENER, fds=[listener.fileno()])
         self.pid = os.fork()
         if self.pid == 0:
-            self._be_monitor(settings, lock_fd, listener)
+            self._be_monitor(settings, lock_fd, listener, vault_fd)
         os.close(lock_fd)
+        os.close(vault_fd)
         listener.close()
 
     def adopt(self, pid: int) -> None:
@@ -123,7 +127,9 @@ class MonitorProcess:
         self.pid = pid
         self._exit_status = 0
 
-    def _be_monitor(self, settings: MonitorSettings, lock_fd: int, listener: socket.socket) -> None:
+    def _be_monitor(
+        self, settings: MonitorSettings, lock_fd: int, listener: socket.socket, vault_fd: int
+    ) -> None:
         code = 1
         try:
             os.setsid()
@@ -134,7 +140,7 @@ class MonitorProcess:
             monitor_main.run(
                 lambda _container_id: MonitorContext(settings),
                 ("monitor", self.id, "pod", str(self.directory)),
-                (lock_fd, listener.fileno()),
+                (lock_fd, listener.fileno(), vault_fd),
                 monitor_main.prepare_process(["/usr/bin/crun"], rehearsed=False),
             )
             code = 0

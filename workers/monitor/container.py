@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import os
 import signal
 import time
@@ -36,7 +37,7 @@ from ipc.messages.monitor import (
     State,
     Update,
 )
-from workers.monitor import procfs, records
+from workers.monitor import handing, procfs, records
 from workers.monitor.attaching import Attached
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
@@ -44,8 +45,7 @@ from workers.monitor.creation import Born, Creation
 from workers.monitor.ending import DELETE_TIMEOUT
 from workers.monitor.execs import Exec
 from workers.monitor.execsessions import ExecSession, Opened
-from workers.monitor.link import CHILD, GONE, STRANGER, Link, Taken
-from workers.monitor.oom import Followed, follow
+from workers.monitor.link import STRANGER, Link, Taken
 from workers.monitor.records import StateRecord
 from workers.monitor.runtime import Invocation, Launcher, Outcome, Runtime, runtime_of
 from workers.monitor.stdio import Owner, open_log
@@ -165,6 +165,18 @@ class Container:
             if request.keep:
                 records.write_kept(self.directory, request.keep)
             self._log_fd = open_log(request.log_path) if request.log_path else -1
+            if handing.was_begun(self.directory):  # by a hand that died
+                go_on = functools.partial(self._begin, request)
+                handing.clear(self.launcher, self.runtime, self.container_id, self._monitor_pid, go_on)
+            else:
+                self._begin(request)
+        except OSError as error:
+            self._not_created(precondition(f"create: {error}"))
+        except RemoteError as error:
+            self._not_created(error)
+
+    def _begin(self, request: Create) -> None:
+        try:
             Creation(
                 self._loop,
                 self.launcher,
@@ -184,60 +196,37 @@ class Container:
         if isinstance(result, RemoteError):
             self._delete_debris(result)
             return
-        kin, pidfd = self._kinship(result.pid)
+        record, what, fds = self._describe(result)
+        self._log_fd = -1
         try:
-            self._note(result.pid, ours=kin != STRANGER)
+            # In this order: whoever finds the record finds the descriptors, though this hand dies in between.
+            self._link.secure(what, fds)
+            records.write_state(self.directory, record)
         except OSError as error:
             self._log.error("state record cannot be written", error=error)
-            close_all([*result.fds(), *([pidfd] if pidfd >= 0 else [])])
+            close_all(fds)
             self._delete_debris(precondition(f"create: state record: {error}"))
             return
+        self._adopt(record)
         self.status = Status.CREATED
-        self._hand_over(result, kin, pidfd)
+        self._link.take(what, fds)
         self._answer_all(self._creators, Created(pid=self._pid))
         if self._unwanted:
             self._stopper.kill()
 
-    def _kinship(self, pid: int) -> tuple[int, int]:
-        """Whose child the init is, and a pidfd if it is somebody else's (a virtual machine's, say)."""
-        fact = procfs.stat(pid)
-        if fact is not None and fact.parent != self._monitor_pid:
-            with contextlib.suppress(ProcessLookupError):
-                return STRANGER, os.pidfd_open(pid)
-        return (CHILD if fact is not None else GONE), -1
-
-    def _note(self, pid: int, *, ours: bool) -> None:
-        """Write down what was created, for the hands to come."""
+    def _describe(self, born: Born) -> tuple[StateRecord, Taken, list[int]]:
+        """What is written down and what is handed over of a new container."""
         assert self._request is not None
-        request = self._request
-        fact = procfs.stat(pid)
-        cgroups = Cgroups.of_process(pid, request.cgroup_path, self.container_id)
-        record = StateRecord(
+        kin, pidfd = handing.kinship(born.pid, self._monitor_pid)
+        record = handing.record_of(
+            self._request,
+            born.pid,
             container_id=self.container_id,
             pod_id=self.pod_id,
-            status="created",
-            pid=pid,
-            pid_start=fact.start if fact is not None else 0,
             monitor_pid=self._monitor_pid,
-            runtime_name=request.runtime_name,
-            runtime_path=request.runtime_path,
-            runtime_root=request.runtime_root,
-            log_path=request.log_path,
-            created_at_ns=time.time_ns(),
-            ours=ours,
-            runtime_args=request.runtime_args,
-            systemd_cgroup=request.systemd_cgroup,
-            cgroup_version=request.cgroup_version,
-            cgroups=cgroups.directories,
-            unit=os.path.basename(request.cgroup_path) if request.systemd_cgroup else "",
-            stdio_uid=request.stdio_uid,
-            stdio_gid=request.stdio_gid,
-            terminal=request.terminal,
-            stdin_once=request.stdin_once,
-            init_program=procfs.program(pid),
+            ours=kin != STRANGER,
         )
-        records.write_state(self.directory, record)
-        self._adopt(record)
+        return record, *handing.gift(born, kin, pidfd, self._log_fd, record)
 
     def _adopt(self, record: StateRecord) -> None:
         self._state = record
@@ -248,33 +237,6 @@ class Container:
         self._pid = record.pid
         if record.ours:
             self._pidfd = procfs.open_pid(record.pid, record.pid_start)
-
-    def _hand_over(self, born: Born, kin: int, pidfd: int) -> None:
-        assert self._request is not None
-        oom = self._follow_oom()
-        fds = [fd for fd in (self._log_fd, -1 if born.stdin_fd is None else born.stdin_fd, pidfd) if fd >= 0]
-        self._link.take(
-            Taken(
-                born.pid,
-                kin,
-                born.stdin_fd is not None,
-                self._log_fd >= 0,
-                self._request.cgroup_version if oom.fds else 0,
-                len(oom.fds),
-                oom.others,
-                self._cgroups.memory,
-            ),
-            [*fds, *oom.fds, *(fd for _, fd in born.outputs)],
-        )
-        self._log_fd = -1
-
-    def _follow_oom(self) -> Followed:
-        assert self._request is not None
-        if self._request.systemd_cgroup and self._cgroups.memory:
-            # Without events there is still the count at the end.
-            with contextlib.suppress(OSError):
-                return follow(self._cgroups.memory, self._request.cgroup_version)
-        return Followed([], -1)
 
     def _delete_debris(self, error: RemoteError) -> None:
         argv = self.runtime.argv("delete", "--force", self.container_id)

@@ -78,10 +78,13 @@ class KeeperLink:
         finally:
             close_all(fds)
 
-    def take(self, what: Taken, fds: list[int]) -> None:
+    def secure(self, what: Taken, fds: list[int]) -> None:
         """As Link has it."""
         if self._vault_fd >= 0:
             heir.deposit(self._vault_fd, what, fds)
+
+    def take(self, what: Taken, fds: list[int]) -> None:
+        """As Link has it."""
         *numbers, memory = what
         self._say(k.TAKE + k.TAKEN.pack(*numbers) + memory.encode(), fds)
 

@@ -71,19 +71,55 @@ def inheritance(keeper: Keeper, directory: str) -> Callable[[], object] | None:
 
     The vault has all of it still, for the next one. Raises OSError, msgspec.DecodeError.
     """
-    taken: tuple[bytes, list[int]] | None = None
-    for kind, data, fds in vault.look(keeper.vault):
-        if kind == vault.LISTENER:
-            os.close(keeper.listener)
-            keeper.listener = fds[0]
-        elif kind == vault.TAKEN:  # the last counts: a hand that died may have left an earlier one
-            close_all(taken[1] if taken else [])
-            taken = data, fds
+    listeners, taken = _look(keeper.vault)
+    for fd in listeners:
+        os.close(keeper.listener)
+        keeper.listener = fd
     state = records.read_state(directory)
-    if taken is None or state is None:
+    if taken is None or state is None or _pid(taken[0]) != state.pid:
+        close_all(taken[1] if taken else [])
         return None
     data, fds = taken
     return lambda: _inherit(keeper, directory, state, data, fds)
+
+
+def _look(vault_fd: int) -> tuple[list[int], tuple[bytes, list[int]] | None]:
+    """The listening sockets, and what was handed over: the last; a hand that died may have left others."""
+    listeners: list[int] = []
+    taken: tuple[bytes, list[int]] | None = None
+    for kind, data, fds in vault.look(vault_fd):
+        if kind == vault.LISTENER:
+            listeners += fds
+        elif kind == vault.TAKEN:
+            close_all(taken[1] if taken else [])
+            taken = data, fds
+    return listeners, taken
+
+
+def _pid(data: bytes) -> int:
+    return int(TAKEN.unpack(data[: TAKEN.size])[0])
+
+
+def recover(keeper: Keeper, directory: str) -> None:
+    """In a keeper whose hand died: if it had created a container, take that up as if it had handed it over.
+
+    Raises OSError, msgspec.DecodeError.
+    """
+    if keeper.vault < 0:
+        return
+    listeners, taken = _look(keeper.vault)
+    close_all(listeners)
+    state = records.read_state(directory)
+    if taken is None or state is None or _pid(taken[0]) != state.pid:
+        close_all(taken[1] if taken else [])
+        return
+    data, fds = taken
+    pid, kin, stdin, *others = TAKEN.unpack(data[: TAKEN.size])
+    if kin == STRANGER and state.ours:  # a successor would be none of its family; this one is its parent
+        os.close(fds.pop(int(stdin)))
+        data = TAKEN.pack(pid, CHILD, stdin, *others) + data[TAKEN.size :]
+    _take_up_log(keeper, state)
+    keeper.take(data, fds)
 
 
 def _inherit(keeper: Keeper, directory: str, state: StateRecord, data: bytes, fds: list[int]) -> None:

@@ -66,16 +66,19 @@ class Keeper:
     """What is kept. Made before the fork, `keep` is the child's part: what many of them have before they
     begin stands in shared pages, or at least together.
 
-    `hand` is run in a forked child and does not return; `trouble` logs what goes wrong.
+    `hand` is run in a forked child and does not return; `trouble` logs what goes wrong; `recover` takes up
+    what a hand that died has not handed over any more.
     """
 
     __slots__ = (
-        "_early", "_epoll", "_hand", "_ready", "code", "feed", "file", "finished_ns", "hand_pid",
+        "_early", "_epoll", "_hand", "_ready", "_recover", "code", "feed", "file", "finished_ns", "hand_pid",
         "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd",
         "streams", "taken", "vault",
     )  # fmt: skip
 
-    def __init__(self, hand: Callable[[Keeper], object], trouble: Trouble) -> None:
+    def __init__(
+        self, hand: Callable[[Keeper], object], trouble: Trouble, recover: Callable[[Keeper], object]
+    ) -> None:
         self.streams: dict[int, LoggedStream] = {}  # those that are open, by descriptor
         self.outputs: list[LoggedStream] = []
         self.file = LogFile(-1, trouble)
@@ -95,6 +98,7 @@ class Keeper:
         clock = Clock()
         self._ready = [LoggedStream(name, clock, self.file) for name in ("stdout", "stderr")]
         self._hand = hand
+        self._recover = recover
 
     def keep(self, listener: int, inherit: Callable[[], object] | None = None) -> bool:
         """Keep until the container's init has ended: True; False if there is nothing to be kept.
@@ -174,6 +178,8 @@ class Keeper:
         with contextlib.suppress(BlockingIOError):
             while self.hands_link.recv(PACKET):
                 pass
+        if not self.taken:
+            self._recover(self)
 
     def _fork(self) -> None:
         """Somebody connects: leave him and the socket to a hand until that ends."""
@@ -299,7 +305,7 @@ def rehearse() -> None:
 
 def _rehearse_once() -> None:
     bell = os.eventfd(1, os.EFD_CLOEXEC)  # somebody connects
-    keeper = Keeper(_play_hand, print)
+    keeper = Keeper(_play_hand, print, print)
     keeper.keep(bell)
     keeper.hand_over()
     if keeper.hand_pid:

@@ -132,6 +132,9 @@ class LastAct:
 
     # -- what the container that is served here says (container.Link) --------------------------------------
 
+    def secure(self, what: Taken, fds: list[int]) -> None:
+        """Nothing is created any more."""
+
     def take(self, what: Taken, fds: list[int]) -> None:
         """Nothing is created any more."""
         raise AssertionError(f"a container with pid {what.pid} and {len(fds)} descriptors, after its end")

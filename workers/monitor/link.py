@@ -43,6 +43,9 @@ class Taken(NamedTuple):
 class Link(Protocol):
     """The keeper, as a container needs it."""
 
+    def secure(self, what: Taken, fds: list[int]) -> None:
+        """Put duplicates where they are found if this process or the keeper dies. Raises OSError."""
+
     def take(self, what: Taken, fds: list[int]) -> None:
         """Hand a container that was created over. The descriptors are closed here."""
 

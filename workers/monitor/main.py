@@ -189,7 +189,7 @@ def prepare_process(programs: Sequence[str] = (), *, rehearsed: bool = True) -> 
     gc.collect()
     fillers += pools.fill()
     monitor = Monitor(score.normal, Sealed(programs))
-    ground = Ground(monitor, Keeper(monitor.hand, monitor.trouble), fillers)
+    ground = Ground(monitor, Keeper(monitor.hand, monitor.trouble, monitor.recover), fillers)
     gc.freeze()
     return ground
 
@@ -247,6 +247,10 @@ class Monitor:
         ContainerLog(self.make_context(container_id).log, pod=pod_id, container=container_id).warning(
             event, **fields
         )
+
+    def recover(self, keeper: Keeper) -> None:
+        """A hand died before it gave the keeper anything."""
+        heir.recover(keeper, self.names[3])
 
     def hand(self, keeper: Keeper) -> None:
         """Be a hand, in a forked child. Does not return."""

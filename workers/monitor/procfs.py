@@ -67,6 +67,12 @@ def stat(pid: int) -> Stat | None:
     return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
 
 
+def children(pid: int) -> list[int]:
+    """The children of a process."""
+    raw = _read(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in (raw or b"").split()]
+
+
 def open_pid(pid: int, start: int) -> int:
     """Return a pidfd of the process that began at `start`, -1 if it is gone."""
     try:

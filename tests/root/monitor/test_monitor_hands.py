@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,10 @@ from ipc import kernel
 from ipc.errors import RemoteError
 from ipc.messages import monitor as messages
 from tests.support.monitor_process import MonitorProcess, busybox_root, children_of, monitor, until
-from workers.monitor import hand, lastact
+from workers.monitor import hand, lastact, records
 from workers.monitor.keeper import Keeper
 from workers.monitor.main import Monitor
+from workers.monitor.runtime import Invocation, Launcher
 
 COUNTER = "trap 'exit 7' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -116,3 +119,52 @@ def test_a_hand_that_ends_just_when_the_container_does_is_not_waited_for(
     mon.run("sh", "-c", "sleep 0.3; exit 3")
     mon.client()  # keeps the hand
     assert mon.wait().exit_code == 3
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+@pytest.mark.parametrize("moment", ["asked", "created", "noted", "ended"])
+def test_a_hand_that_dies_while_it_creates_leaves_a_container_or_none(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, runtime: str
+) -> None:
+    """`asked`: the OCI runtime is at work; `created`: nobody knows of it; `noted`: the state is written and
+    nothing is handed over; `ended`: and the container has ended by itself."""
+    flag = tmp_path / "first"
+    flag.touch()
+
+    def die_once() -> None:
+        if flag.exists():
+            flag.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_state(directory: str, record: records.StateRecord, write: Any = records.write_state) -> None:
+        if moment == "created":
+            die_once()
+        write(directory, record)
+        if moment == "ended":
+            os.kill(record.pid, signal.SIGKILL)
+            time.sleep(0.1)
+        die_once()
+
+    def call(self: Launcher, *words: Any, call: Any = Launcher.call, **options: Any) -> Invocation:
+        invocation: Invocation = call(self, *words, **options)
+        if moment == "asked":
+            time.sleep(0.01)
+            die_once()
+        return invocation
+
+    monkeypatch.setattr(records, "write_state", write_state)
+    monkeypatch.setattr(Launcher, "call", call)
+    with monitor(root, runtime) as mon:
+        if moment == "ended":
+            with pytest.raises(RemoteError):
+                mon.create("sh", "-c", COUNTER)
+            assert mon.wait().exit_code == 137
+            return
+        init = mon.create("sh", "-c", COUNTER)  # is asked again, of the next hand
+        assert not flag.exists()
+        assert json.loads((mon.directory / "state.json").read_text())["pid"] == init
+        mon.client().call(messages.Start())
+        until(lambda: mon.log_path.exists() and len(mon.log_lines()) > 2)
+        assert mon.stop().exit_code == 7
+        mon.wait()
+        assert logged_without_a_gap(mon)
