@@ -359,6 +359,14 @@ class Client:
             self._in_use -= 1
             self._rearm_idle()
 
+    async def connect(self) -> None:
+        """Connect now, before there is something to ask: a server that has to prepare itself begins.
+
+        Raises RemoteError.
+        """
+        await self._connect(None)
+        self._rearm_idle()
+
     async def _connect(self, deadline: float | None) -> Connection:
         async with self._connecting:
             if self._connection is None or self._connection.closed or self._connection.retired:

@@ -8,6 +8,7 @@ removed, for as long as that takes, while its name is free at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from itertools import count
@@ -156,6 +157,8 @@ class Containers:
         parent = pod.config.linux.cgroup_parent or self._node.settings.default_cgroup_parent
         request = supervisor.MonitorStart(container_id=container.id, pod_id=pod.id, cgroup_parent=parent)
         await self._node.peers.supervisor.call(request, timeout=SHORT)
+        with contextlib.suppress(RemoteError):  # which the request to it would tell
+            await self._node.peers.monitor(container.id).connect()  # it gets ready while the rootfs is made
 
     async def _spec(
         self, pod: Pod, container: Container, image: ImageRecord, rootfs: ContainerRootfs

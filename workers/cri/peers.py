@@ -48,6 +48,10 @@ class Peer(Protocol):
         """As `call`, with the reply's descriptors."""
         ...
 
+    async def connect(self) -> None:
+        """Connect before there is something to ask. Raises RemoteError."""
+        ...
+
     async def close(self) -> None:
         """End the connection."""
         ...

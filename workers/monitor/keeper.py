@@ -26,7 +26,7 @@ from _socket import (
     socketpair,
 )
 from collections.abc import Callable
-from os import WNOHANG, close, read, waitpid, waitstatus_to_exitcode
+from os import WNOHANG, close, read, waitpid, waitstatus_to_exitcode, write
 from select import EPOLLIN, EPOLLPRI, epoll
 from signal import set_wakeup_fd
 from time import time_ns
@@ -71,7 +71,8 @@ class Keeper:
     """
 
     __slots__ = (
-        "_early", "_epoll", "_hand", "_ready", "_recover", "code", "feed", "file", "finished_ns", "hand_pid",
+        "_early", "_epoll", "_hand", "_ready", "_recover", "code", "feed", "file", "finished_ns", "group_fd",
+        "hand_pid",
         "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd",
         "streams", "taken", "vault",
     )  # fmt: skip
@@ -92,6 +93,7 @@ class Keeper:
         self.finished_ns = 0
         self.leaving = False
         self.listener = -1
+        self.group_fd = -1  # cgroup.procs of the group that it is in
         self.feed = -1  # where output goes too, while anybody is attached
         self.vault = -1  # what a successor would need (ipc/vault.py); hands fill it
         self._early: dict[int, tuple[int, int]] = {}  # ends of children until the init is known
@@ -188,6 +190,18 @@ class Keeper:
         if not self.hand_pid:
             self._hand(self)
             os._exit(0)
+        if self.group_fd >= 0:
+            self._warm()
+
+    def _warm(self) -> None:
+        """Move into the group where this process is already. The kernel makes who moves first after a pause
+        wait for an RCU grace period, 10 ms and more, and those who follow not: so this one waits, while the
+        hand gets ready, and the OCI runtime, which is about to move the container, does not.
+        """
+        with contextlib.suppress(OSError):
+            write(self.group_fd, b"0")
+        close(self.group_fd)
+        self.group_fd = -1
 
     def _obey(self) -> None:
         """Do what a hand says, or the signal that a child has ended."""

@@ -166,10 +166,11 @@ class Ground:
     fillers: list[object]
 
 
-def prepare_process(programs: Sequence[str] = (), *, rehearsed: bool = True) -> Ground:
+def prepare_process(programs: Sequence[str] = (), group_fd: int = -1, *, rehearsed: bool = True) -> Ground:
     """What all monitors have in common: once, in whoever forks nothing but them, or in one alone.
 
-    `programs`: those of OCI runtimes that are to be executed from sealed memory.
+    `programs`: those of OCI runtimes that are to be executed from sealed memory. `group_fd`: cgroup.procs of
+    the group that monitors are in, -1 if they are in none.
     """
     gc.disable()  # a keeper has nothing to collect, and looking for it dirties pages
     for number in _IGNORED:
@@ -189,7 +190,9 @@ def prepare_process(programs: Sequence[str] = (), *, rehearsed: bool = True) -> 
     gc.collect()
     fillers += pools.fill()
     monitor = Monitor(score.normal, Sealed(programs))
-    ground = Ground(monitor, Keeper(monitor.hand, monitor.trouble, monitor.recover), fillers)
+    keeper = Keeper(monitor.hand, monitor.trouble, monitor.recover)
+    keeper.group_fd = group_fd
+    ground = Ground(monitor, keeper, fillers)
     gc.freeze()
     return ground
 

@@ -170,6 +170,9 @@ class Sick:
     async def call_fds(self, request: Any, **_options: Any) -> Any:
         raise AssertionError(request)
 
+    async def connect(self) -> None:
+        return
+
     async def close(self) -> None:
         return
 
