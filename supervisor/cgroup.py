@@ -176,6 +176,13 @@ class Groups:
             except OSError as error:
                 self._lack(f"cannot enter cgroup {directory}: {error.strerror}")
 
+    def open(self, path: str) -> int:
+        """A descriptor of the list of processes of a group, to move some into it; -1 if there is none."""
+        for directory in self._directories(path):
+            with contextlib.suppress(OSError):
+                return os.open(f"{directory}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        return -1
+
     def _write(self, path: str, text: str) -> None:
         try:
             with open(path, "w", encoding="ascii") as file:

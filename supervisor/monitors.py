@@ -111,7 +111,9 @@ class Monitors:
 
     def _prepare(self) -> None:
         """In the nursery."""
-        self._monitor_ground = self._module.prepare_process(self._nursery_settings.sealed)
+        self._monitor_ground = self._module.prepare_process(
+            self._nursery_settings.sealed, self._ground.groups.open(self._ground.groups.monitors)
+        )
         self._run = self._module.run
 
     def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:

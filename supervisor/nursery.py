@@ -16,8 +16,10 @@ import select
 import signal
 import socket
 import struct
+from _socket import SocketType, socketpair
 from collections.abc import Callable, Mapping, Sequence
 
+from ipc.fds import close_all
 from ipc.kernel import bare_fork
 from ipc.log import Log
 from supervisor import spawn
@@ -25,15 +27,18 @@ from supervisor.worker import Ground
 
 FIRST_TIMEOUT = 10.0  # seconds until the first answer, for which it makes itself ready
 ANSWER_TIMEOUT = 2.0  # seconds until any other; the supervisor waits for it, and so does everybody else
-LAST_WORD = 1.0  # seconds that a child has, which a nursery forked just before it was killed
+LAST_WORD = 1.0  # seconds that a child has which was asked just before its nursery was killed
+REST = (
+    0.05  # seconds after a request, when the next child is forked: others are busy with this one until then
+)
 WORDS_LIMIT = 4096
 _PID_LIMIT = 16
-_ROOM = socket.CMSG_SPACE(3 * struct.calcsize("i"))
+_ROOM = socket.CMSG_SPACE(4 * struct.calcsize("i"))
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 #: What a child does, with the words and the two or three descriptors of its request.
 Life = Callable[[Sequence[str], Sequence[int]], object]
-#: What is done, in a process of its own, before a child begins: with its pid, and the descriptors.
+#: What is done in a child before it begins and anybody knows it: with its pid, and the descriptors.
 Birth = Callable[[int, Sequence[int]], object]
 
 
@@ -49,12 +54,13 @@ class Nursery:
         self._prepares: list[Callable[[], object]] = []
         self._lives: dict[str, tuple[Birth, Life]] = {}
         self._ready = False  # it has answered once
+        self._waiting = 0  # pid of the last child that has begun to wait for a request
         self._sock: socket.socket | None = None
         self.pid = 0
 
     def add(self, kind: str, life: Life, prepare: Callable[[], object], birth: Birth = _nothing) -> None:
         """Before the first fork: what children of a kind do, in the nursery what makes them ready, and
-        between the two forks what nobody may find undone, whoever dies.
+        before the answer what nobody may find undone, whoever dies.
 
         What prepares last leaves its children the smallest.
         """
@@ -70,30 +76,43 @@ class Nursery:
         return pid
 
     def _ask(self, words: Sequence[str], fds: Sequence[int]) -> int:
-        """Return the pid; 0 if the nursery has died, and then no child was born: it would hold the socket."""
+        """Return the pid; 0 if nursery or child has died, and then no child lives: it would have answered."""
         sock = self._sock or self._open()
+        self._hear()
+        answer_fd, theirs = os.pipe2(os.O_CLOEXEC)
         try:
-            rights = struct.pack(f"{len(fds)}i", *fds)
+            rights = struct.pack(f"{len(fds) + 1}i", *fds, theirs)
             sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            answer = self._answer(sock)
+            os.close(theirs)
+            theirs = -1
+            answer = self._answer(answer_fd)
         except (BrokenPipeError, ConnectionResetError):
             answer = b""
+        finally:
+            close_all([answer_fd, *([theirs] if theirs >= 0 else [])])
         if not answer:
             self.close()
         return int(answer or 0)
 
-    def _answer(self, sock: socket.socket) -> bytes:
-        """Return the nursery's answer, b"" if it has died."""
+    def _hear(self) -> None:
+        """Take note of the child that waits; each has told its pid."""
+        assert self._sock is not None
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while told := self._sock.recv(_PID_LIMIT, socket.MSG_DONTWAIT):
+                self._waiting = int(told)
+
+    def _answer(self, fd: int) -> bytes:
+        """Return the child's answer, b"" if there is none to come."""
         patience = ANSWER_TIMEOUT if self._ready else FIRST_TIMEOUT
-        if not select.select([sock], [], [], patience)[0]:
+        if not select.select([fd], [], [], patience)[0]:
             self._ground.log.warning("nursery hangs and is killed", pid_of=self.pid, seconds=patience)
             os.kill(self.pid, signal.SIGKILL)
-            # It forks no more. A child that it has forked says its number now, or has no socket.
-            if not select.select([sock], [], [], LAST_WORD)[0]:
+            # It passes nothing on any more. A child that it has passed this on to answers now, or dies.
+            if not select.select([fd], [], [], LAST_WORD)[0]:
                 self.close()
                 raise TimeoutError("the nursery does not answer")
         self._ready = True
-        return sock.recv(_PID_LIMIT)
+        return os.read(fd, _PID_LIMIT)
 
     def kill(self) -> None:
         """End it though it hangs."""
@@ -102,12 +121,15 @@ class Nursery:
         self.close()
 
     def end(self) -> None:
-        """End it and see it gone: systemd starts no service in whose group somebody is left."""
+        """End it and see it gone, and the child that waits in it: a group with somebody in it stays."""
         pid = self.pid
         if pid:
+            self._hear()
             self.kill()
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+            if self._waiting:
+                _await_end(self._waiting)
 
     def _open(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -152,45 +174,67 @@ def _nurse(
 ) -> None:
     """The nursery's life: one request after the other, until the supervisor closes.
 
-    In one function and few words: whatever it touches, no two of its children share.
+    In one function and few words: whatever it touches, no two of its children share. One child waits, forked
+    while nobody else did, at one end of a socketpair; the nursery passes the next request on to it. If the
+    nursery is gone before it did, so is the child.
     """
     spawn.freeze()
     for prepare in prepares:
         prepare()
     sock.setblocking(True)
-    receive, send, sock_fd = sock.recvmsg, sock.send, sock.fileno()
+    there, here = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    receive, sock_fd, there_fd, wait = sock.recvmsg, sock.fileno(), there.fileno(), select.select
+    waiting = False
     while True:
-        data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
-        if not data:
-            return
-        fds = struct.unpack(f"{len(ancillary[0][2]) // 4}i", ancillary[0][2])
-        pid = bare_fork()
-        if pid:
+        data = b""
+        if waiting or wait([sock], [], [], REST)[0]:
+            data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
+            if not data:
+                return
+        if not waiting:
+            pid = bare_fork()
+            if not pid:
+                os.close(there_fd)
+                _be_born(here, sock_fd, lives, log)
             os.waitpid(pid, 0)
-            for fd in fds:
+            waiting = True
+        if data:
+            there.sendmsg([data], ancillary)
+            waiting = False
+            for (fd,) in struct.iter_unpack("i", ancillary[0][2]):
                 os.close(fd)
-            continue
-        status = spawn.BUG_STATUS
-        try:
+
+
+def _be_born(here: SocketType, sock_fd: int, lives: Mapping[str, tuple[Birth, Life]], log: Log) -> None:
+    """Fork once more, so that the supervisor is the parent, wait for a request, live. Does not return."""
+    status = spawn.BUG_STATUS
+    try:
+        if bare_fork():
+            os._exit(0)
+        os.write(sock_fd, b"%d" % os.getpid())
+        os.close(sock_fd)
+        data, ancillary, _, _ = here.recvmsg(WORDS_LIMIT, _ROOM, _CLOEXEC)
+        if data:
+            *fds, answer_fd = (fd for (fd,) in struct.iter_unpack("i", ancillary[0][2]))
             words = data.decode().split("\0")
             birth, life = lives[words[0]]
-            gate, opener = os.pipe()
-            pid = bare_fork()
-            if pid:
-                os.close(sock_fd)  # if this process dies, nobody answers
-                birth(pid, fds)
-                os.write(opener, b".")
-                os._exit(0)
-            os.close(opener)
-            if os.read(gate, 1):
-                send(b"%d" % os.getpid())
-                os.close(gate)
-                os.close(sock_fd)
-                life(words, fds)
-            status = 0
-        except BrokenPipeError:  # nobody waits for it any more
-            status = spawn.GATE_STATUS
-        except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-            log.bug("process ended by a bug", error)
-        finally:
-            os._exit(status)
+            birth(os.getpid(), fds)
+            os.write(answer_fd, b"%d" % os.getpid())
+            os.close(answer_fd)
+            os.close(here.fileno())
+            life(words, fds)
+        status = 0
+    except BrokenPipeError:  # nobody waits for it any more
+        status = spawn.GATE_STATUS
+    except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
+        log.bug("process ended by a bug", error)
+    finally:
+        os._exit(status)
+
+
+def _await_end(pid: int) -> None:
+    """Wait for the end of a child that nobody can ask any more."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        select.select([pidfd], [], [], LAST_WORD)
+        os.close(pidfd)

@@ -33,7 +33,7 @@ def instance() -> Iterator[Instance]:
         with made.client() as client:
             for container in (FIRST, SECOND):
                 end_monitor(made, client, container)
-        assert outside(made) <= {nursery(made)}
+        assert outside(made) == set()
 
 
 def alive(pid: int) -> bool:
@@ -65,11 +65,34 @@ def end_monitor(instance: Instance, client: Client, container: str) -> None:
     client.call(messages.MonitorRemove(container_id=container))
 
 
-def outside(instance: Instance) -> set[int]:
+def members(instance: Instance) -> set[int]:
     """Every process that lives in the monitors' group, known to the supervisor or not."""
     name = f"/{instance_name(str(instance.run_root))}.monitors"
     texts = [Path(group, "cgroup.procs").read_text() for group in instance.groups() if group.endswith(name)]
     return {pid for text in texts for pid in map(int, text.split()) if alive(pid)}
+
+
+def outside(instance: Instance) -> set[int]:
+    """The monitors among them."""
+    return {pid for pid in members(instance) if "nursery" not in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
+def waiting(instance: Instance) -> int:
+    """The child that waits in the nursery for its request, 0 while there is none."""
+    with instance.client() as client:
+        monitors = {one.pid for one in client.call(messages.MonitorList()).monitors}
+    others = members(instance) - monitors - {nursery(instance)}
+    return next((pid for pid in others if parent(pid) == instance.pid), 0)
+
+
+def open_files(pid: int) -> list[str]:
+    return [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if os.path.lexists(path)]
+
+
+def parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return 0
 
 
 def end_the_service(instance: Instance) -> None:
@@ -96,57 +119,75 @@ def test_one_that_hangs_is_replaced_within_the_request(instance: Instance) -> No
     with instance.client() as client:
         client.call(messages.InitStop(pod_id=POD))
     monitors = {start_monitor(instance, FIRST), start_monitor(instance, SECOND)}
-    assert outside(instance) == {*monitors, nursery(instance)}
+    eventually(lambda: outside(instance) == monitors)
 
 
-@pytest.mark.parametrize("call", ["clone", "wait4", "pwrite64"])
+@pytest.mark.parametrize("call", ["clone", "wait4"])
 def test_one_that_dies_while_it_forks_fails_no_request(instance: Instance, call: str) -> None:
-    child = call == "pwrite64"  # what is between its two forks writes down who holds the lock
+    eventually(lambda: waiting(instance))  # who gets the next request; then another one is forked
     before = nursery(instance)
-    with Strace(before, "signal=KILL", nth=1, calls=call, follow=child) as strace:
+    with Strace(before, "signal=KILL", nth=1, calls=call, follow=False) as strace:
         second = start_monitor(instance, SECOND)
         eventually(lambda: not alive(before))
     assert strace.happened
     first = start_monitor(instance, FIRST)
-    eventually(lambda: first != second and outside(instance) - {nursery(instance)} == {first, second})
-    start_monitor(instance, "e" * 12)  # by another nursery, if this one has died with its answer
-    with instance.client() as client:
-        end_monitor(instance, client, "e" * 12)
-
-
-def test_a_monitor_whose_supervisor_dies_before_it_knows_of_it_is_the_next_ones(instance: Instance) -> None:
-    first = start_monitor(instance, FIRST)
-    with Strace(instance.pid, "signal=KILL", nth=1, calls="recvfrom", follow=False) as strace:
-        with pytest.raises(RemoteError):
-            start_monitor(instance, SECOND)
-        end_the_service(instance)
-    assert strace.happened
-    eventually(lambda: len(outside(instance)) == 2)
-    (second,) = outside(instance) - {first}
-    instance.start()
-    assert start_monitor(instance, SECOND) == second
+    eventually(lambda: outside(instance) == {first, second})
     start_monitor(instance, "e" * 12)
     with instance.client() as client:
         end_monitor(instance, client, "e" * 12)
 
 
-def test_a_monitor_that_is_being_forked_when_the_supervisor_dies_is_none(instance: Instance) -> None:
+@pytest.mark.parametrize("call", ["pwrite64", "write"])
+def test_a_child_that_dies_before_anybody_knows_it_fails_no_request(instance: Instance, call: str) -> None:
+    child = eventually(lambda: waiting(instance))
+    with Strace(child, "signal=KILL", nth=1, calls=call, follow=False) as strace:
+        second = start_monitor(instance, SECOND)
+    assert strace.happened
+    assert second != child
     first = start_monitor(instance, FIRST)
-    failures: list[RemoteError] = []
+    eventually(lambda: outside(instance) == {first, second})
 
-    def ask() -> None:
-        with pytest.raises(RemoteError) as caught:
-            start_monitor(instance, SECOND)
-        failures.append(caught.value)
 
-    with Strace(nursery(instance), "delay_enter=700000", nth=1, calls="pwrite64"):
-        asking = threading.Thread(target=ask)
+def test_a_child_that_was_killed_while_it_waited_fails_no_request(instance: Instance) -> None:
+    os.kill(eventually(lambda: waiting(instance)), signal.SIGKILL)
+    monitors = {start_monitor(instance, FIRST), start_monitor(instance, SECOND)}
+    eventually(lambda: outside(instance) == monitors)
+
+
+def test_a_monitor_whose_supervisor_dies_before_it_knows_of_it_is_the_next_ones(instance: Instance) -> None:
+    first = start_monitor(instance, FIRST)
+    child = eventually(lambda: waiting(instance))
+    with Strace(instance.pid, "delay_enter=300000", nth=1, calls="read", follow=False) as strace:
+        asking = threading.Thread(target=fail_to_start, args=(instance, SECOND))
         asking.start()
-        eventually(lambda: len(outside(instance)) == 4)  # with the nursery, and with who is between the forks
+        eventually(lambda: outside(instance) == {first, child})  # it has answered: it has a name
         end_the_service(instance)
         asking.join(10)
-        eventually(lambda: outside(instance) == {first})
-    assert len(failures) == 1
+    assert strace.happened
+    eventually(lambda: members(instance) == {first, child})
+    instance.start()
+    assert start_monitor(instance, SECOND) == child
+    start_monitor(instance, "e" * 12)
+    with instance.client() as client:
+        end_monitor(instance, client, "e" * 12)
+
+
+def fail_to_start(instance: Instance, container: str) -> None:
+    with contextlib.suppress(RemoteError):
+        start_monitor(instance, container)
+
+
+def test_a_monitor_that_is_being_forked_when_the_supervisor_dies_is_none(instance: Instance) -> None:
+    first = start_monitor(instance, FIRST)
+    child = eventually(lambda: waiting(instance))
+    with Strace(child, "delay_enter=700000", nth=1, calls="pwrite64", follow=False) as strace:
+        asking = threading.Thread(target=fail_to_start, args=(instance, SECOND))
+        asking.start()
+        eventually(lambda: f"{instance.run_root}/monitors/{SECOND}/lock" in open_files(child))
+        end_the_service(instance)
+        asking.join(10)
+        eventually(lambda: members(instance) == {first})
+    assert "(DELAYED)" in strace.text
     instance.start()
     second = start_monitor(instance, SECOND)
-    eventually(lambda: outside(instance) == {first, second, nursery(instance)})
+    eventually(lambda: outside(instance) == {first, second})

@@ -19,7 +19,7 @@ from ipc.table import Handler, table
 CALLERS = frozenset({"root", "cri"})
 
 
-def prepare_process(_programs: Sequence[str]) -> None:
+def prepare_process(_programs: Sequence[str], _group_fd: int) -> None:
     """Nothing is prepared."""
 
 
