@@ -6,7 +6,9 @@ logged and were executed in; conmon's as a measure.
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 import time
 
 from tests.bench import bench_monitor
@@ -41,7 +43,10 @@ def measure() -> list[Figure]:
 
 
 def idle_parts(node: Node) -> dict[str, float]:
-    """PSS of every process of the daemon, by kind; a child that is no worker counts with its parent."""
+    """PSS of every process of the daemon, by kind; a child that is no worker counts with its parent.
+
+    What runs in containers is the users', as it is where peers are measured with their monitors.
+    """
     kinds = {worker.pid: worker.kind for worker in node.workers() if worker.pid}
     assert node.daemon is not None
     parts: dict[str, float] = {}
@@ -50,8 +55,13 @@ def idle_parts(node: Node) -> dict[str, float]:
         pid, parent = pending.pop()
         kind = kinds.get(pid, parent)
         parts[kind] = parts.get(kind, 0.0) + memory_of(pid)[1]
-        pending += [(child, kind) for child in children_of(pid)]
+        pending += [(child, kind) for child in children_of(pid) if kind != "monitor" or _ours(child)]
     return parts
+
+
+def _ours(pid: int) -> bool:
+    """Whether a process executes our interpreter: a hand of a monitor does, a container does not."""
+    return os.path.samefile(f"/proc/{pid}/exe", sys.executable)
 
 
 def _monitors(node: Node, pods: Pods) -> tuple[float, float]:

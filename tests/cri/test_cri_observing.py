@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -198,3 +201,34 @@ def test_events_come_in_order(client: Client) -> None:
     kinds = ["CREATED", "STARTED", "STOPPED", "DELETED"]
     assert [kind for id_, kind in seen if id_ == container_id] == kinds
     assert [kind for id_, kind in seen if id_ == pod_id] == kinds
+
+
+def test_conditions_say_within_a_second_what_the_trouble_is(client: Client) -> None:
+    node = client.node
+    config = node.conf_dir / "10-test.conflist"
+    config.rename(node.root / "aside")
+    try:
+        (network,) = wait_for(lambda: troubles(node), "the network's trouble is told", 1.0)
+    finally:
+        (node.root / "aside").rename(config)
+    assert (network.type, network.reason) == ("NetworkReady", "NetworkPluginNotReady")
+    assert str(node.conf_dir) in network.message
+    wait_for(lambda: not troubles(node), "it is over", 1.0)
+    worker = wait_for(lambda: failing(node, "storage"), "a worker that keeps dying is named", 10.0)
+    assert worker.reason == "WorkerFailed"
+    assert worker.message.startswith("worker storage is in state backoff (last death: signal 9")
+    wait_for(lambda: not troubles(node), "it is over", 10.0)
+
+
+def troubles(node: Node) -> list[pb.RuntimeCondition]:
+    """The conditions that do not hold; the question takes no second itself."""
+    conditions = node.runtime.Status(pb.StatusRequest(), timeout=1.0).status.conditions
+    return [condition for condition in conditions if not condition.status]
+
+
+def failing(node: Node, kind: str) -> pb.RuntimeCondition | None:
+    """Kill the worker, if it is there, and say what conditions say of it right away."""
+    for pid in node.pids(kind):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return next((one for one in troubles(node) if one.type == "RuntimeReady"), None)
