@@ -1,4 +1,4 @@
-"""TLS of the streaming server: mutual, and with certificates that are replaced while sessions go on."""
+"""TLS of the streaming server and of ops: mutual, and with certificates that are replaced meanwhile."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Pki:
         os.rename(cert, self.server / "tls.crt")
         return str(trusted)
 
-    def config(self) -> str:
+    def config(self, table: str = "stream") -> str:
         """What the node is told."""
         return (
-            f'[stream]\ntls_cert = "{self.server}/tls.crt"\ntls_key = "{self.server}/tls.key"\n'
+            f'[{table}]\ntls_cert = "{self.server}/tls.crt"\ntls_key = "{self.server}/tls.key"\n'
             f'tls_client_ca = "{self.client}"\ntls_min_version = "1.3"\n'
         )
 
@@ -98,3 +98,42 @@ def answers(pki: Pki, url: str) -> bool:
             return True
     except ssl.SSLCertVerificationError:
         return False
+
+
+# -- ops ------------------------------------------------------------------------------------------------
+
+OPS = "https://127.0.0.1:19537"
+
+
+def scraped(pki: Pki, path: str, name: str = "localhost", *, mine: bool = True) -> int:
+    """The status of what ops answers on TCP."""
+    with pki.connect(OPS, name, mine=mine) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    if not answer:
+        raise EOFError("ended without a word")
+    return int(answer.split()[1])
+
+
+def taken(pki: Pki, name: str) -> bool:
+    """Say whether ops shows this certificate."""
+    try:
+        return scraped(pki, "/healthz", name) == 200
+    except REFUSED:
+        return False
+
+
+def test_ops_on_tcp_takes_certificates_and_settings_with_the_next_connection(pki: Pki) -> None:
+    machine.enter()
+    config = pki.config("ops") + 'address = "127.0.0.1"\nport = 19537\n'
+    with Node(config=config, bridge="bhcri10") as node:
+        assert [scraped(pki, path) for path in ("/metrics", "/config", "/workers")] == [200] * 3
+        with pytest.raises(REFUSED):
+            scraped(pki, "/metrics", mine=False)
+        pki.renew("renewed")
+        wait_for(lambda: taken(pki, "renewed"), "the next worker has read the new key")
+        lines = node.config.read_text().splitlines(keepends=True)
+        node.config.write_text("".join(line for line in lines if "tls_client_ca" not in line))
+        node.ctl("reload")
+        wait_for(lambda: scraped(pki, "/metrics", "renewed", mine=False) == 200, "nobody is asked any more")
+        assert scraped(pki, "/config", "renewed", mine=False) == 403
