@@ -185,6 +185,7 @@ class WorkerPlan:
 
 def run_worker(plan: WorkerPlan) -> None:
     """A worker's life, in the child: imports, sandbox, its module's run (workers/boot.py)."""
+    look_in_kept_tree(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     do_without(plan.entry.without)
     boot = importlib.import_module(BOOT)
     module = importlib.import_module(plan.entry.module)
@@ -204,6 +205,23 @@ def do_without(modules: Collection[str]) -> None:
     """Make imports of these fail, here and in what is imported: libraries take what they find."""
     for name in modules:
         sys.modules[name] = None  # type: ignore[assignment]  # the language's own way to say so
+
+
+def look_in_kept_tree(tree: str) -> None:
+    """Import from `.NAME` beside the tree of this program if that is gone.
+
+    Packages keep a copy there from when an upgrade removes the tree until the program was upgraded too.
+    """
+    directory, name = os.path.split(tree)
+    kept = f"{directory}/.{name}"
+    if os.path.isdir(f"{tree}/workers") or not os.path.isdir(f"{kept}/workers"):
+        return
+    sys.path[:] = [kept if path == tree else path for path in sys.path]
+    for module in list(sys.modules.values()):
+        places = getattr(module, "__path__", None)
+        if isinstance(places, list):
+            places[:] = [kept + path.removeprefix(tree) if path.startswith(tree) else path for path in places]
+    sys.path_importer_cache.clear()
 
 
 def _enter(plan: WorkerPlan) -> SandboxReport:

@@ -25,8 +25,9 @@ from tests.support import machine
 from tests.support.daemon import alive, wait_for
 from tests.support.images import served
 from tests.support.kubelet import SHELL, Kubelet
+from tests.support.load import Load
 from tests.support.stream_clients import WebSocket
-from tests.support.trees import Load, TreeNode
+from tests.support.trees import TreeNode
 
 FIRST, SECOND = "1.37.0", "1.38.0"
 AGE = 1.0
@@ -137,7 +138,7 @@ def test_nobody_notices_two_upgrades_under_load(node: TreeNode, kubelet: Kubelet
     pid, supervisor = pid_of(kubelet, container), node.pids("supervisor")
     web = session(kubelet, container)
     echo(web, b"before\n")
-    load = Load(node)
+    load = Load(node._new_channel)
     files = open_files(supervisor[0])
     with load.running(**clients(kubelet, container)):
         for version in (SECOND, FIRST):

@@ -10,17 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-
-from ipc.cri import api_pb2_grpc, rpc
 from tests.support.daemon import REPO, Node
 
 LAUNCHER = """#!{python} -B
@@ -75,47 +66,3 @@ class TreeNode(Node):
         return subprocess.run(
             [str(self.launcher), "upgrade", *flags], capture_output=True, text=True, check=False
         )
-
-
-@dataclass
-class Load:
-    """Clients that ask without end, each on a channel of its own, and what they met with."""
-
-    node: Node
-    counts: Counter[str] = field(default_factory=Counter)
-    errors: list[str] = field(default_factory=list)
-    slowest: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def running(self, **clients: Callable[[api_pb2_grpc.RuntimeServiceStub, int], object]) -> Iterator[None]:
-        """Each client's function gets a stub and the number of the turn."""
-        stop = threading.Event()
-        threads = [
-            threading.Thread(target=self._ask, args=(name, ask, stop)) for name, ask in clients.items()
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-
-    def _ask(
-        self,
-        name: str,
-        ask: Callable[[api_pb2_grpc.RuntimeServiceStub, int], object],
-        stop: threading.Event,
-    ) -> None:
-        with self.node._new_channel() as channel:
-            runtime = rpc.runtime_client(channel)
-            while not stop.is_set():
-                began = time.monotonic()
-                try:
-                    ask(runtime, self.counts[name])
-                except (grpc.RpcError, AssertionError) as error:
-                    self.errors.append(f"{name}: {error}")
-                self.counts[name] += 1
-                self.slowest[name] = max(self.slowest.get(name, 0.0), time.monotonic() - began)
-                time.sleep(0.02)

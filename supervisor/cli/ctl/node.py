@@ -114,7 +114,16 @@ def _as_json(worker: WorkerState, uses: Mapping[int, Usage]) -> dict[str, object
 def _table(workers: list[WorkerState], uses: Mapping[int, Usage]) -> None:
     headers = ("NAME", "PID", "STATE", "UPTIME", "RESTARTS", "UID", "CAPS", "PSS", "RSS", "CPU", "FDS",
                "REQUESTS", "LAST DEATH")  # fmt: skip
-    print_table(headers, (_row(worker, uses.get(worker.pid, Usage())) for worker in workers))
+    rows = [_row(worker, uses.get(worker.pid, Usage())) for worker in workers]
+    if len(releases(workers)) > 1:  # after an upgrade in place, as long as something of before runs
+        headers = (*headers, "RELEASE")
+        rows = [(*row, worker.release or "-") for row, worker in zip(rows, workers, strict=True)]
+    print_table(headers, rows)
+
+
+def releases(workers: list[WorkerState]) -> set[str]:
+    """Every build that processes run which tell theirs."""
+    return {worker.release for worker in workers if worker.release}
 
 
 def _row(worker: WorkerState, use: Usage) -> tuple[str, ...]:

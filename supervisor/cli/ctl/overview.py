@@ -109,6 +109,10 @@ def _lines(screen: Screen) -> Iterator[str]:
     free = f", {size(screen.free_bytes)} free" if screen.free_bytes >= 0 else ""
     yield f"  images      {screen.images}, {size(screen.image_bytes)}{free}"
     yield f"  workers     {_workers(screen.workers)}"
+    own = next((worker.release for worker in screen.workers if worker.kind == "supervisor"), "")
+    others = [worker for worker in screen.workers if worker.release not in ("", own)]
+    for kind, release in sorted({(worker.kind, worker.release) for worker in others}):
+        yield f"  release     {kind}: still {release}"
     deaths = [worker for worker in screen.workers if worker.last_death]
     for kind, death in sorted({(worker.kind, worker.last_death) for worker in deaths}):
         yield f"  last death  {kind}: {death}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from supervisor.settings import FIXED_UIDS
-from tests.packaging.inside.node import LIBRARY, InstalledNode, Survivor, attempt, restarted, run, wait_for
+from tests.packaging.inside.node import (
+    LIBRARY,
+    InstalledNode,
+    Survivor,
+    attempt,
+    restarted,
+    run,
+    upgraded,
+    wait_for,
+)
 from tests.support import packages
 from tests.support.docs import Command, commands
 from tests.support.images import served
@@ -102,13 +112,23 @@ def case_a_kill_of_the_whole_service_leaves_containers_running(
 def case_an_upgrade_leaves_containers_running(node: InstalledNode, survivor: Survivor) -> None:
     CONFIGURATION.write_text(CONFIGURATION.read_text() + '\nlog_level = "debug"\n')
     old = node.tree()
-    restarted(node, "dpkg", "--install", SECOND)
+    run("dpkg", "--unpack", SECOND)
+    assert not (LIBRARY / old).exists()
+    (storage,) = (worker.pid for worker in node.workers() if worker.kind == "storage")
+    os.kill(storage, signal.SIGKILL)  # its tree is gone, but not for those who know where to look
+    wait_for(lambda: ready_storage(node) not in {0, storage}, "storage is back")
+    upgraded(node, survivor, ("dpkg", "--configure", "bulkhead"))
     assert (LIBRARY / "current").readlink() == Path(node.tree())
     assert node.tree() == old.removesuffix("-1") + "-2"
     assert not (LIBRARY / old).exists()
     assert 'log_level = "debug"' in CONFIGURATION.read_text()
     survivor.check()
     check_nothing_was_written_into_the_package()
+
+
+def ready_storage(node: InstalledNode) -> int:
+    found = [worker for worker in node.workers() if worker.kind == "storage" and worker.state == "ready"]
+    return found[0].pid if found else 0
 
 
 def check_nothing_was_written_into_the_package() -> None:
@@ -120,7 +140,7 @@ def check_nothing_was_written_into_the_package() -> None:
 
 
 def case_a_downgrade_leaves_containers_running(node: InstalledNode, survivor: Survivor) -> None:
-    restarted(node, "dpkg", "--install", FIRST)
+    upgraded(node, survivor, ("dpkg", "--install", FIRST))
     assert node.tree().endswith("-1")
     survivor.check()
 

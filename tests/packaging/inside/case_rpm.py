@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.inside.node import LIBRARY, InstalledNode, Survivor, attempt, restarted, run
+from tests.packaging.inside.node import LIBRARY, InstalledNode, Survivor, attempt, run, upgraded
 from tests.support import packages
 from tests.support.images import served
 
@@ -44,7 +44,7 @@ def case_an_rpm_installs_a_service_that_is_ready(node: InstalledNode, survivor: 
 
 def case_an_upgrade_of_the_rpm_leaves_containers_running(node: InstalledNode, survivor: Survivor) -> None:
     CONFIGURATION.write_text(CONFIGURATION.read_text() + '\nlog_level = "debug"\n')
-    restarted(node, *RPM, "--upgrade", SECOND)
+    upgraded(node, survivor, (*RPM, "--upgrade", SECOND))
     assert node.tree().endswith("-2")
     assert (LIBRARY / "current").readlink() == Path(node.tree())
     assert len(list(LIBRARY.iterdir())) == 2, "the old tree is still there"
@@ -55,7 +55,7 @@ def case_an_upgrade_of_the_rpm_leaves_containers_running(node: InstalledNode, su
 
 
 def case_a_downgrade_of_the_rpm_leaves_containers_running(node: InstalledNode, survivor: Survivor) -> None:
-    restarted(node, *RPM, "--upgrade", "--oldpackage", FIRST)
+    upgraded(node, survivor, (*RPM, "--upgrade", "--oldpackage", FIRST))
     assert node.tree().endswith("-1")
     survivor.check()
 

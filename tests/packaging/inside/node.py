@@ -13,7 +13,9 @@ import subprocess
 from pathlib import Path
 
 from ipc.cri import api_pb2 as pb
+from ipc.cri import api_pb2_grpc
 from tests.support.images import Served
+from tests.support.load import Ask, Load
 from tests.vm.inside.node import CONFLIST, SERVICE, Node, run, wait_for
 
 LIBRARY = Path("/usr/lib/bulkhead")
@@ -100,6 +102,54 @@ def restarted(node: InstalledNode, *command: str) -> None:
     )
 
 
+def clients(node: InstalledNode, survivor: Survivor) -> dict[str, Ask]:
+    """What is asked of the node without end (tests/support/load.py)."""
+    sandbox = node.pod_config()
+    pod_id = node.run_pod(sandbox)
+
+    def lists(runtime: api_pb2_grpc.RuntimeServiceStub, _turn: int) -> None:
+        assert runtime.ListContainers(pb.ListContainersRequest(), timeout=60).containers
+
+    def probes(runtime: api_pb2_grpc.RuntimeServiceStub, _turn: int) -> None:
+        request = pb.ExecSyncRequest(container_id=survivor.container_id, cmd=["true"], timeout=30)
+        assert runtime.ExecSync(request, timeout=60).exit_code == 0
+
+    def creates(runtime: api_pb2_grpc.RuntimeServiceStub, turn: int) -> None:
+        config = pb.ContainerConfig(
+            metadata=pb.ContainerMetadata(name=f"load{turn}"),
+            image=pb.ImageSpec(image=node.images.busybox),
+            command=["sleep", "1000"],
+        )
+        request = pb.CreateContainerRequest(pod_sandbox_id=pod_id, config=config, sandbox_config=sandbox)
+        made = runtime.CreateContainer(request, timeout=60).container_id
+        runtime.StartContainer(pb.StartContainerRequest(container_id=made), timeout=60)
+        runtime.StopContainer(pb.StopContainerRequest(container_id=made, timeout=0), timeout=60)
+        runtime.RemoveContainer(pb.RemoveContainerRequest(container_id=made), timeout=60)
+
+    return {"lists": lists, "probes": probes, "creates": creates}
+
+
+def upgraded(node: InstalledNode, survivor: Survivor, *commands: tuple[str, ...]) -> None:
+    """Run what upgrades the service in place, under a load that must not notice: the process stays the same,
+    and all that it is made of is the tree that `current` names."""
+    before = (node.property("MainPID"), node.property("NRestarts"))
+    load = Load(node.connect)
+    with load.running(**clients(node, survivor)):
+        wait_for(lambda: len(load.counts) == 3, "every client has asked")
+        for command in commands:
+            run(*command)
+        asked = load.counts["creates"]
+        wait_for(lambda: load.counts["creates"] > asked + 1, "containers come and go")
+    assert load.errors == [], load.errors
+    assert (node.property("MainPID"), node.property("NRestarts")) == before
+    tree = (LIBRARY / "current").readlink().name
+    assert node.tree() == tree
+    assert {worker.release for worker in node.workers() if worker.state == "ready" and worker.release} == {
+        tree
+    }
+    survivor.check()
+
+
 __all__ = [
     "LIBRARY",
     "SERVICE",
@@ -109,5 +159,6 @@ __all__ = [
     "attempt",
     "restarted",
     "run",
+    "upgraded",
     "wait_for",
 ]

@@ -109,8 +109,16 @@ class Node:
         self.images = images
         self.socket = RUN_ROOT / "bulkhead.sock"
         self._numbers = count(1)
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
-        self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=options)
+        self._channel = self.connect()
+
+    def connect(self) -> grpc.Channel:
+        """A connection of its own."""
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 200),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        return grpc.insecure_channel(f"unix:{self.socket}", options=options)
 
     @property
     def runtime(self) -> api_pb2_grpc.RuntimeServiceStub:
