@@ -78,6 +78,7 @@ _COLUMNS: tuple[Column, ...] = (
     ("Landlock", lambda entry: "yes" if entry.sandbox and entry.sandbox.landlock else "no"),
     ("memory", lambda entry: f"{entry.limits.memory // MIB} MiB" if entry.limits else "no limit"),
     ("tasks", lambda entry: str(entry.limits.pids) if entry.limits else "no limit"),
+    ("upgrade", lambda entry: "drain" if entry.drains else entry.exchange.value),
 )
 
 

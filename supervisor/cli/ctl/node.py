@@ -112,6 +112,7 @@ def _as_json(worker: WorkerState, uses: Mapping[int, Usage]) -> dict[str, object
 
 
 def _table(workers: list[WorkerState], uses: Mapping[int, Usage]) -> None:
+    headers: tuple[str, ...]
     headers = ("NAME", "PID", "STATE", "UPTIME", "RESTARTS", "UID", "CAPS", "PSS", "RSS", "CPU", "FDS",
                "REQUESTS", "LAST DEATH")  # fmt: skip
     rows = [_row(worker, uses.get(worker.pid, Usage())) for worker in workers]
