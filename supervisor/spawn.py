@@ -31,6 +31,7 @@ DUMP_SIGNAL = signal.SIGUSR2  # a worker writes where each of its threads is
 BUG_STATUS = 70  # EX_SOFTWARE: an exception nobody expected
 GATE_STATUS = 75  # EX_TEMPFAIL: the parent went away before the gate opened
 
+_TREE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BOOT = "workers.boot"  # the first code of every worker
 
 #: Sockets and other things a child keeps beyond 0, 1, 2.
@@ -96,6 +97,7 @@ def tasks() -> int:
 def fork(job: Job) -> Child:
     """Fork a child that waits at its gate. Raises OSError if there can be no child."""
     assert tasks() == 1, "the supervisor must have one task when it forks"
+    look_in_kept_tree(_TREE)
     gate_read, gate_write = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
     try:
@@ -185,7 +187,6 @@ class WorkerPlan:
 
 def run_worker(plan: WorkerPlan) -> None:
     """A worker's life, in the child: imports, sandbox, its module's run (workers/boot.py)."""
-    look_in_kept_tree(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     do_without(plan.entry.without)
     boot = importlib.import_module(BOOT)
     module = importlib.import_module(plan.entry.module)
