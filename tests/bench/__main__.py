@@ -1,7 +1,7 @@
 """`make bench`: every figure of docs/figures.md from one run, with the peers in the same run. Prints a table.
 
 A benchmark, never a timed test: these machines are noisy, so medians and ratios count, and nothing fails.
-Names given as arguments choose a part: pods lifecycle exec stream log memory node pull.
+Names given as arguments choose a part: pods lifecycle exec stream log memory node pull recovery.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.bench.memory import measure as memory
 from tests.bench.node import measure as node
 from tests.bench.pods import measure as pods
 from tests.bench.pull import measure as pull
+from tests.bench.recovery import measure as recovery
 from tests.bench.stream import measure as stream
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "memory": memory,
     "node": node,
     "pull": pull,
+    "recovery": recovery,
 }
 
 

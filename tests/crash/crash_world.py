@@ -1,8 +1,4 @@
-"""Runs in: the tests. A node with a witness on it: a pod that logs a counter and must notice nothing.
-
-`Operation`s are what clients do; each prepares what it needs, acts (while somebody is killed),
-says what must be true afterwards, and takes itself back.
-"""
+"""Runs in: the tests. A node with a witness on it: a pod that logs a counter and must notice nothing."""
 
 from __future__ import annotations
 
@@ -10,19 +6,62 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
 
 from ipc.cri import api_pb2 as cri
 from tests.support.daemon import Node, wait_for
+from tests.support.nri_plugin import Plugin
 
 T = TypeVar("T")
 COUNTER = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.01; done"
-RETRY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 SLEEP = ["sleep", "1000"]
+
+
+def is_away(error: Exception) -> bool:
+    """True for what a client is told while there is no cri."""
+    return isinstance(error, grpc.Call) and error.code() in AWAY
+
+
+@dataclass
+class CounterLog:
+    """The witness's log: every number once, in order; some may be missing only where the log says so."""
+
+    path: Path
+    numbers: int = 0  # that were read
+    _offset: int = 0
+    _expected: int = 0
+    _told: bool = False  # a monitor's successor has just said that something may be missing
+
+    def read(self) -> int:
+        """Read what was added, and check it; return how many numbers there are by now."""
+        data = b""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._take(line)
+        return self.numbers
+
+    def _take(self, line: bytes) -> None:
+        _when, _stream, tag, text = line.split(b" ", 3)
+        assert tag == b"F", line
+        if text.startswith(b"[bulkhead] "):
+            self._told = True
+            return
+        number = int(text)
+        fits = number == self._expected or (self._told and number > self._expected)
+        assert fits, f"{number} instead of {self._expected}"
+        self.numbers += 1
+        self._expected, self._told = number + 1, False
 
 
 @dataclass
@@ -36,18 +75,24 @@ class World:
     witness_pod: str = ""
     witness_pid: int = 0
     sequence: int = 0
+    counter: CounterLog = field(init=False)
+    plugin: Plugin | None = None
+
+    def __post_init__(self) -> None:
+        self.counter = CounterLog(self.node.logs / "witness" / "main.log")
 
     # -- clients ------------------------------------------------------------------------------------
 
-    def patient(self, work: Callable[[], T], seconds: float = 30.0) -> T:
-        """What a kubelet does: try again while the runtime is unavailable."""
+    def patient(
+        self, work: Callable[[], T], seconds: float = 30.0, allowed: Callable[[Exception], bool] = is_away
+    ) -> T:
+        """What a kubelet does: try again while the runtime is unavailable, or after what else is allowed."""
         end = time.monotonic() + seconds
         while True:
             try:
                 return work()
-            except grpc.RpcError as error:
-                assert isinstance(error, grpc.Call)
-                if error.code() not in RETRY or time.monotonic() > end:
+            except Exception as error:
+                if not allowed(error) or time.monotonic() > end:
                     raise
                 time.sleep(0.02)
 
@@ -108,6 +153,11 @@ class World:
         request = cri.StopContainerRequest(container_id=container, timeout=grace)
         self.node.runtime.StopContainer(request, timeout=60)
 
+    def remove_container(self, container: str) -> None:
+        """RemoveContainer."""
+        request = cri.RemoveContainerRequest(container_id=container)
+        self.node.runtime.RemoveContainer(request, timeout=60)
+
     def state(self, container: str) -> int:
         """A container's state as ContainerStatus tells it."""
         request = cri.ContainerStatusRequest(container_id=container)
@@ -149,37 +199,14 @@ class World:
         self.witness = self.create(self.witness_pod, "witness", ["sh", "-c", COUNTER])
         self.start(self.witness)
         self.witness_pid = self.pid_of(self.witness)
-        wait_for(lambda: len(self.numbers()) > 3, "the witness counts")
-
-    def numbers(self) -> list[int]:
-        """What the witness has logged."""
-        return [number for number in self._logged() if number is not None]
-
-    def _logged(self) -> list[int | None]:
-        """The same, with None where the successor of a monitor says that something may be missing."""
-        path = self.node.logs / "witness" / "main.log"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        assert all(line.split(b" ", 3)[2] == b"F" for line in lines)
-        texts = [line.split(b" ", 3)[3] for line in lines]
-        return [None if text.startswith(b"[bulkhead] ") else int(text) for text in texts]
-
-    def check_log(self) -> None:
-        """Every number stands there once, in order; one may be missing only where the log itself says so."""
-        expected, told = 0, False
-        for number in self._logged():
-            if number is None:
-                told = True
-                continue
-            assert number == expected or (told and number > expected), f"{number} instead of {expected}"
-            expected, told = number + 1, False
+        wait_for(lambda: self.counter.read() > 3, "the witness counts")
 
     def check_witness(self) -> None:
         """The witness runs as the same process, and its log has every number once."""
         assert self.pid_of(self.witness) == self.witness_pid
         assert self.state(self.witness) == cri.CONTAINER_RUNNING
-        count = len(self.numbers())
-        wait_for(lambda: len(self.numbers()) > count + 2, "the witness goes on")
-        self.check_log()
+        count = self.counter.read()
+        wait_for(lambda: self.counter.read() > count + 1, "the witness goes on")
 
     # -- the victims ----------------------------------------------------------------------------------
 
@@ -202,10 +229,19 @@ class World:
         elif kind == "stream":
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
                 sock.connect(str(self.node.run_root / "ipc" / "stream.sock"))
-        wait_for(lambda: self._is_up(kind), f"{kind} runs")
+        elif kind == "nri":
+            self._register_plugin()
+        wait_for(lambda: self.is_up(kind), f"{kind} runs")
 
-    def _is_up(self, kind: str) -> bool:
-        return any(worker.kind == kind and worker.state == "ready" for worker in self.node.workers())
+    def _register_plugin(self) -> None:
+        """Be the node resource plugin that connects again when it was let go."""
+        if self.plugin is None or self.plugin.closed.is_set():
+            self.plugin = Plugin(str(self.node.run_root / "nri.sock")).join()
+
+    def is_up(self, kind: str, but: Collection[int] = ()) -> bool:
+        """Say whether a worker of the kind serves, one that is none of `but`."""
+        states = self.node.workers()
+        return any(one.kind == kind and one.state == "ready" and one.pid not in but for one in states)
 
     def kill(self, kind: str) -> None:
         """SIGKILL; the supervisor is started again at once, as systemd would."""
@@ -216,138 +252,6 @@ class World:
             assert self.node.kill_worker(kind)
 
 
-@dataclass
-class Operation:
-    """One operation of a client; when the runtime was away, `act` is done again with the same arguments."""
-
-    name: str
-    prepare: Callable[[World], str]
-    act: Callable[[World, str], object]
-    check: Callable[[World, str, object], None]
-    undo: Callable[[World, str, object], None]
-
-
-def _nothing(_world: World) -> str:
-    return ""
-
-
-def _pulled(world: World, _name: str, _result: object) -> None:
-    status = cri.ImageStatusRequest(image=cri.ImageSpec(image=world.pulled_again))
-    assert world.node.images.ImageStatus(status, timeout=10).image.id
-
-
-def _pull(world: World, _name: str) -> object:
-    request = cri.PullImageRequest(image=cri.ImageSpec(image=world.pulled_again))
-    return world.node.images.PullImage(request, timeout=60)
-
-
-def _unpull(world: World, _name: str, _result: object) -> None:
-    request = cri.RemoveImageRequest(image=cri.ImageSpec(image=world.pulled_again))
-    world.node.images.RemoveImage(request, timeout=30)
-
-
-def _is_ready(world: World, _name: str, result: object) -> None:
-    assert world.pods() == {world.witness_pod: cri.SANDBOX_READY, str(result): cri.SANDBOX_READY}
-
-
-def _remove_pod(world: World, _name: str, result: object) -> None:
-    world.stop_pod(str(result))
-    world.remove_pod(str(result))
-
-
-def _pod(world: World) -> str:
-    name = world.fresh("pod")
-    return f"{name} {world.run_pod(name)}"
-
-
-def _create(world: World, subject: str, command: list[str] | None = None) -> str:
-    name, pod = subject.split()
-    return world.create(pod, name, command or SLEEP)
-
-
-def _container_is(state: int) -> Callable[[World, str, object], None]:
-    def check(world: World, subject: str, result: object) -> None:
-        container = str(result) if state == cri.CONTAINER_CREATED else subject.split()[2]
-        assert world.states() == {world.witness: cri.CONTAINER_RUNNING, container: state}
-        assert world.state(container) == state
-
-    return check
-
-
-def _undo_subject(world: World, subject: str, _result: object) -> None:
-    _remove_pod(world, "", subject.split()[1])
-
-
-def _created(world: World) -> str:
-    subject = _pod(world)
-    return f"{subject} {_create(world, subject)}"
-
-
-def _started(world: World) -> str:
-    subject = _created(world)
-    world.start(subject.split()[2])
-    return subject
-
-
-def _start(world: World, subject: str) -> object:
-    container = subject.split()[2]
-    if world.state(container) != cri.CONTAINER_RUNNING:  # a kubelet looks before it tries again
-        world.start(container)
-    return container
-
-
-def _stop(world: World, subject: str) -> object:
-    world.stop(subject.split()[2], grace=1)
-    return subject
-
-
-def _exec(world: World, subject: str) -> object:
-    request = cri.ExecSyncRequest(
-        container_id=subject.split()[2], cmd=["sh", "-c", "echo in; sleep 0.1; echo out"], timeout=20
-    )
-    return world.node.runtime.ExecSync(request, timeout=30).stdout
-
-
-def _exec_said(_world: World, _subject: str, result: object) -> None:
-    assert result == b"in\nout\n"
-
-
-def _remove(world: World, subject: str) -> object:
-    world.remove_pod(subject.split()[1])
-    return subject
-
-
-def _is_gone(world: World, subject: str, _result: object) -> None:
-    assert world.pods() == {world.witness_pod: cri.SANDBOX_READY}
-    assert world.states() == {world.witness: cri.CONTAINER_RUNNING}
-
-
-def _already_gone(_world: World, _subject: str, _result: object) -> None:
-    return None
-
-
-def _idle_check(world: World, _name: str, _result: object) -> None:
-    assert world.pods() == {world.witness_pod: cri.SANDBOX_READY}
-
-
-def _fresh_pod_name(world: World) -> str:
-    return world.fresh("run")
-
-
-OPERATIONS = [
-    Operation("idle", _nothing, lambda world, _name: time.sleep(0.05), _idle_check, _already_gone),
-    Operation("pull", _nothing, _pull, _pulled, _unpull),
-    Operation(
-        "RunPodSandbox", _fresh_pod_name, lambda world, name: world.run_pod(name), _is_ready, _remove_pod
-    ),
-    Operation("CreateContainer", _pod, _create, _container_is(cri.CONTAINER_CREATED), _undo_subject),
-    Operation("StartContainer", _created, _start, _container_is(cri.CONTAINER_RUNNING), _undo_subject),
-    Operation("ExecSync", _started, _exec, _exec_said, _undo_subject),
-    Operation("StopContainer", _started, _stop, _container_is(cri.CONTAINER_EXITED), _undo_subject),
-    Operation("RemovePodSandbox", _started, _remove, _is_gone, _already_gone),
-]
-
-
 @contextlib.contextmanager
 def witnessed(world: World) -> Iterator[World]:
     """Run the witness; at the end it is checked, and everything is removed."""
@@ -355,4 +259,4 @@ def witnessed(world: World) -> Iterator[World]:
     yield world
     world.check_witness()
     world.stop_pod(world.witness_pod)
-    world.check_log()
+    world.counter.read()

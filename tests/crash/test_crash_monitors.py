@@ -13,7 +13,7 @@ import pytest
 
 from ipc.cri import api_pb2 as cri
 from tests.crash.crash_world import COUNTER, SLEEP, World
-from tests.crash.matrix import world_of_its_own
+from tests.crash.worlds import world_of_its_own
 from tests.support.daemon import alive, wait_for
 from workers.monitor.heir import UNSURE
 

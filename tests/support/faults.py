@@ -38,7 +38,7 @@ class Strace:
     def __init__(
         self, pid: int, what: str = "", *, nth: int = 0, calls: str = CHANGES, follow: bool = True
     ) -> None:
-        self._pid, self._follow = pid, follow
+        self._pid, self._follow, self._deadly = pid, follow, what.startswith("signal=")
         self._log = Path(tempfile.mkstemp(prefix="bh-strace-")[1])
         when = f":when={nth}" if nth else ""
         inject = ["-e", f"inject={calls}:{what}{when}"] if what else []
@@ -57,10 +57,19 @@ class Strace:
     def __enter__(self) -> Strace:
         self._strace = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
         end = time.monotonic() + ATTACH_SECONDS
-        while not _traced(self._pid, follow=self._follow):
+        while not self._has_begun():
             assert time.monotonic() < end, "strace did not attach"
             time.sleep(0.002)
         return self
+
+    def _has_begun(self) -> bool:
+        """It is attached; or its victim has died already, in a call that it was in and that goes on then."""
+        try:
+            return _traced(self._pid, follow=self._follow)
+        except ProcessLookupError:
+            if not self._deadly:
+                raise
+            return True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -91,11 +100,12 @@ _CALL = re.compile(r"^(?:(\d+) +)?([a-z0-9_]+)\(", re.MULTILINE)  # a pid if chi
 
 
 def _traced(pid: int, *, follow: bool) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    """Say whether it is traced. Raises ProcessLookupError if it has ended."""
+    with contextlib.suppress(FileNotFoundError):
         tasks = os.listdir(f"/proc/{pid}/task") if follow else [str(pid)]
         texts = [Path(f"/proc/{pid}/task/{task}/status").read_text() for task in tasks]
         return all("TracerPid:\t0\n" not in text for text in texts)
-    raise AssertionError(f"process {pid} has ended")
+    raise ProcessLookupError(f"process {pid} has ended")
 
 
 class Disk:

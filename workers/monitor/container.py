@@ -37,7 +37,7 @@ from ipc.messages.monitor import (
     State,
     Update,
 )
-from workers.monitor import handing, procfs, records
+from workers.monitor import handing, procfs, records, starting
 from workers.monitor.attaching import Attached
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
@@ -120,6 +120,7 @@ class Container:
         self._start_given_up = False
         self._record: ExitRecord | None = None
         self._unwanted = False  # to be ended as soon as it is created
+        self._unsure = False  # it may have been started though that was not written down
         self._creators: list[Answer] = []
         self._starters: list[Answer] = []
         self._waiters: list[Answer] = []
@@ -130,6 +131,7 @@ class Container:
         if state is not None:
             self._adopt(state)
             self.status = Status.RUNNING if state.started_at_ns else Status.CREATED
+            self._unsure = self.status is Status.CREATED  # whoever was here may have died over a start
 
     @property
     def quiet(self) -> bool:
@@ -167,7 +169,7 @@ class Container:
             self._log_fd = open_log(request.log_path) if request.log_path else -1
             if handing.was_begun(self.directory):  # by a hand that died
                 go_on = functools.partial(self._begin, request)
-                handing.clear(self.launcher, self.runtime, self.container_id, self._monitor_pid, go_on)
+                handing.clear(self.launcher, self.runtime, self.container_id, self.directory, go_on)
             else:
                 self._begin(request)
         except OSError as error:
@@ -273,18 +275,35 @@ class Container:
 
     def _start(self, request: Start, answer: Answer) -> None:
         now = time.time_ns()
-        self._start_call = self.launcher.call(
-            self.runtime.argv("start", self.container_id),
-            lambda outcome: self._started(now, outcome),
-            timeout=request.timeout_ms / 1000,
-        )
         self.status = Status.STARTING
         self._starters.append(answer)
+        if self._unsure and starting.calls_go_on(self._monitor_pid):
+            self._find_out(lambda runs: self._runs(now) if runs else self._call_start(request, now))
+        else:
+            self._call_start(request, now)
+
+    def _find_out(self, answer: Callable[[bool], object]) -> None:
+        """Ask whether it runs, when a call that a dead hand has made is over."""
+        starting.find_out(self.launcher, self.runtime, self.container_id, self._monitor_pid, answer)
+
+    def _call_start(self, request: Start, now: int) -> None:
+        argv, timeout = self.runtime.argv("start", self.container_id), request.timeout_ms / 1000
+        try:
+            self._start_call = self.launcher.call(argv, lambda end: self._started(now, end), timeout=timeout)
+        except RemoteError as error:
+            self._not_started(error)
 
     def _started(self, at_ns: int, outcome: Outcome) -> None:
-        if not outcome.ok:
+        if outcome.ok:
+            self._runs(at_ns)
+        elif self._unsure:
+            failed = outcome.error("start")
+            self._find_out(lambda runs: self._runs(at_ns) if runs else self._not_started(failed))
+        else:
             self._not_started(outcome.error("start"))
-            return
+
+    def _runs(self, at_ns: int) -> None:
+        self._unsure = False
         self.status = Status.RUNNING
         # The moment before the call: a short life must not seem to end before it began.
         self._update(status="running", started_at_ns=at_ns)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from ipc.messages.monitor import Create
 from workers.monitor import procfs
 from workers.monitor.cgroups import Cgroups
-from workers.monitor.creation import Born
+from workers.monitor.creation import CONSOLE, PID_FILE, Born
 from workers.monitor.ending import DELETE_TIMEOUT
 from workers.monitor.link import CHILD, GONE, STRANGER, Taken
 from workers.monitor.oom import Followed, follow
@@ -63,6 +63,7 @@ def record_of(
         stdio_gid=request.stdio_gid,
         terminal=request.terminal,
         stdin_once=request.stdin_once,
+        init_program=procfs.program(pid),
     )
 
 
@@ -100,10 +101,13 @@ def was_begun(directory: str) -> bool:
 
 
 def clear(
-    launcher: Launcher, runtime: Runtime, container_id: str, monitor_pid: int, then: Callable[[], object]
+    launcher: Launcher, runtime: Runtime, container_id: str, directory: str, then: Callable[[], object]
 ) -> None:
     """End what a creation that was cut off has left, and go on. Raises RemoteError."""
-    _kill(monitor_pid)
+    _kill(os.getppid())
+    for name in (PID_FILE, f".{PID_FILE}", CONSOLE):  # runc makes the second one only if it is not there
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
     argv: Sequence[str] = runtime.argv("delete", "--force", container_id)
     launcher.call(list(argv), lambda _outcome: then(), timeout=DELETE_TIMEOUT)
 

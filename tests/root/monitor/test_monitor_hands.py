@@ -8,20 +8,23 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from ipc import kernel
 from ipc.errors import RemoteError
+from ipc.messages import Body, Request
 from ipc.messages import monitor as messages
-from tests.support.monitor_process import MonitorProcess, busybox_root, children_of, monitor, until
+from tests.support.monitor_process import MonitorProcess, Wish, busybox_root, children_of, monitor, until
 from workers.monitor import hand, lastact, records
 from workers.monitor.keeper import Keeper
 from workers.monitor.main import Monitor
 from workers.monitor.runtime import Invocation, Launcher
 
+T = TypeVar("T", bound=Body)
 COUNTER = "trap 'exit 7' TERM; i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
 
@@ -168,3 +171,41 @@ def test_a_hand_that_dies_while_it_creates_leaves_a_container_or_none(
         assert mon.stop().exit_code == 7
         mon.wait()
         assert logged_without_a_gap(mon)
+
+
+def beheaded(mon: MonitorProcess, request: Request[T], delay: float) -> T:
+    """Make a call, kill the hand `delay` after it is there, and make it again; return the answer."""
+
+    def ask() -> T:
+        return mon.client().call(request)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask)
+        until(lambda: hands_of(mon) or first.done())
+        time.sleep(delay)
+        for pid in hands_of(mon):
+            os.kill(pid, signal.SIGKILL)
+        first.exception(20)  # it may have been answered by then
+    return ask()
+
+
+def hands_of(mon: MonitorProcess) -> list[int]:
+    programs = {pid: os.path.basename(os.readlink(f"/proc/{pid}/exe")) for pid in children_of(mon.pid)}
+    return [pid for pid, program in programs.items() if program.startswith("python")]
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+@pytest.mark.parametrize("delay", [0.0, 0.004, 0.01, 0.03])
+def test_a_hand_that_dies_over_a_create_or_a_start_costs_neither(
+    root: Path, runtime: str, delay: float
+) -> None:
+    """Before, while and after the runtime does it; the call is made again, as cri does."""
+    with monitor(root, runtime) as mon:
+        mon.start_monitor()
+        init = beheaded(mon, mon.create_request(Wish(["sh", "-c", COUNTER])), delay).pid
+        beheaded(mon, messages.Start(), delay)
+        assert (mon.state().status, mon.state().pid) == ("running", init)
+        until(lambda: len(mon.log_lines()) > 3)
+        assert mon.stop().exit_code == 7
+        assert logged_without_a_gap(mon)
+        mon.wait()
