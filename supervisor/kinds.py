@@ -16,7 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from ipc.loop import Timer
-from ipc.messages.supervisor import WorkerState
+from ipc.messages.supervisor import InFlight, JobState, WorkerState
 from ipc.settings import Common
 from supervisor.drains import states as draining
 from supervisor.exchange import Exchange, Parting
@@ -170,7 +170,8 @@ class Kind:
 
     def _health(self, worker: Worker) -> None:
         limit = self._ground.timeouts.slow
-        for one in self._slow.look(worker.pid, self._ground.loop.time(), worker.health.requests, limit):
+        under_way = [*worker.health.requests, *(_as_request(job) for job in worker.health.jobs)]
+        for one in self._slow.look(worker.pid, self._ground.loop.time(), under_way, limit):
             self._ground.log.warning(
                 "slow request",
                 kind=self.entry.kind,
@@ -441,3 +442,8 @@ class Kind:
         else:
             state = "idle"
         return WorkerState(kind=self.entry.kind, name=self.entry.kind, state=state, uid=self.identity.uid)
+
+
+def _as_request(job: JobState) -> InFlight:
+    """A job of a worker's child, told of in the same line as a request."""
+    return InFlight(type=job.name, age_ms=job.age_ms, doing=job.doing)

@@ -24,6 +24,7 @@ from ipc.messages.control import Health
 from ipc.messages.supervisor import SandboxReport, WorkerState
 from ipc.release import build
 from ipc.settings import Common
+from ipc.whereabouts import whereabouts
 from supervisor import spawn
 from supervisor.cgroup import Groups
 from supervisor.config import TimeoutsConfig
@@ -347,7 +348,11 @@ class Worker:
     def kill(self, why: str, *, abort: bool = False) -> None:
         """End it now; with `abort` it gets a moment to tell where it hangs."""
         self.why = self.why or why
-        self.ground.log.error("worker is killed", kind=self.kind, pid_of=self.pid, why=why)
+        doing = "; ".join(sorted({one.doing or one.type for one in self.health.requests}))
+        at = whereabouts(self.pid)
+        self.ground.log.error(
+            "worker is killed", kind=self.kind, pid_of=self.pid, why=why, doing=doing, where=at
+        )
         self._signal(signal.SIGABRT if abort else signal.SIGKILL)
         self._kill_later(KILL_AFTER)
 
@@ -436,6 +441,7 @@ class Worker:
             requests=self.health.requests,
             queued=self.health.counters.get("queued", 0),
             doing=self.health.doing,
+            jobs=self.health.jobs,
             last_ping_ms=-1 if self.answered is None else int((now - self.answered) * 1000),
             sandbox=self.report,
             release=self.release,

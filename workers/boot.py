@@ -26,7 +26,7 @@ from ipc.heap import Heap
 from ipc.log import LEVELS, Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty, control
-from ipc.messages.supervisor import SandboxReport
+from ipc.messages.supervisor import JobState, SandboxReport
 from ipc.serve import Call, Connection, Server
 from ipc.settings import Common
 from ipc.table import Handler, table
@@ -127,6 +127,7 @@ class Service:
         doing: Callable[[], str] | None = None,
         on_stop: Callable[[], object] | None = None,
         queued: Callable[[], int] | None = None,
+        jobs: Callable[[], list[JobState]] | None = None,
     ) -> None:
         self.server = Server(loop, handlers, context.settings.uids, log=context.log)
         self._context = context
@@ -135,6 +136,7 @@ class Service:
         self._on_stop = on_stop
         self._doing = doing or (lambda: "")
         self._queued = queued or (lambda: 0)
+        self._jobs = jobs or list
         self._heap = Heap()
         self._stopping = False
 
@@ -167,7 +169,9 @@ class Service:
     def _ping(self, _call: Call, _body: control.Ping) -> control.Health:
         self._loop.call_soon(self._heap.settle)
         counters = {"queued": self._queued()}
-        return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
+        return control.Health(
+            requests=self.server.in_flight(), doing=self._doing(), counters=counters, jobs=self._jobs()
+        )
 
     def _told_to_stop(self, _call: Call, body: control.Stop) -> Empty:
         self._stop(body.grace_ms / 1000)
@@ -203,9 +207,18 @@ def serve(
     doing: Callable[[], str] | None = None,
     on_stop: Callable[[], object] | None = None,
     queued: Callable[[], int] | None = None,
+    jobs: Callable[[], list[JobState]] | None = None,
 ) -> None:
     """Serve `handlers` on the context's listener until the supervisor or SIGTERM says stop."""
-    Service(context, loop, handlers, on_reload=on_reload, doing=doing, on_stop=on_stop, queued=queued).run()
+    service = Service(
+        *(context, loop, handlers),
+        on_reload=on_reload,
+        doing=doing,
+        on_stop=on_stop,
+        queued=queued,
+        jobs=jobs,
+    )
+    service.run()
 
 
 def take_common(context: Context[Any], settings: bytes) -> None:

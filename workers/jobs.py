@@ -30,13 +30,16 @@ from ipc import kernel, log
 from ipc.errors import Code, RemoteError
 from ipc.loop import Loop, Timer
 from ipc.messages import Body
+from ipc.messages.supervisor import JobState
 from ipc.serve import Call
+from ipc.whereabouts import whereabouts
 from workers import jobs_told
 
 Outcome = Any  # what the function returned (msgpack types), or RemoteError
 RESULT_LIMIT = 64 * 1024 * 1024
 STAY_SECONDS = 5.0  # that a child without a job stays
 MOST_IDLE = 2  # children that stay at once
+LET_GO_SECONDS = 2.0  # after SIGKILL; who waits in the kernel for a dead server does not end of it
 MOST_JOBS = 200  # of one child: what it might lose each time is bounded
 SPARE = "spare"  # comm of a child that waits for a job
 _STEP_LIMIT, _TEXT_LIMIT = 16384, 2048  # bytes of a step's answer, characters of its error
@@ -47,12 +50,16 @@ _KINDS = ("mnt", "net", "ipc", "uts", "user", "pid_for_children")  # of namespac
 
 class Job:
     """One piece of work in a child. `on_done(outcome)` is called once: when the child told it and stays, or
-    else when it has ended and was reaped."""
+    else when it has ended and was reaped; or when it was killed and does not end, for nobody waits for the
+    kernel. `describe` tells what it is at, and since when, if there is more to tell than its name."""
 
-    def __init__(self, child: _Child, name: str, on_done: Callable[[Outcome], object]) -> None:
+    def __init__(self, loop: Loop, child: _Child, name: str, on_done: Callable[[Outcome], object]) -> None:
         self.pid = child.pid
         self.name = self.doing = name
-        self.finished = False
+        self.since = loop.time()  # that it is at what it is doing
+        self.finished = self.killed = False
+        self.describe: Callable[[], tuple[str, float]] | None = None
+        self._loop = loop
         self._child = child
         self._on_done = on_done
         self._why: RemoteError | None = None
@@ -60,14 +67,39 @@ class Job:
 
     def kill(self, why: RemoteError | None = None) -> None:
         """SIGKILL the child and its process group; `why` becomes the outcome."""
+        if self.finished:
+            return
+        self._why = self._why or why
+        self._child.kill()
+        if not self.killed:
+            self.killed = True
+            self._loop.call_later(LET_GO_SECONDS, self._let_go)
+
+    def _let_go(self) -> None:
+        """Not even SIGKILL has ended it. It will never come back to our code, so what it held is free."""
         if not self.finished:
-            self._why = self._why or why
-            self._child.kill()
+            at, where = self.state().doing, whereabouts(self.pid)
+            log.get().error("a child hangs in the kernel", job=self.name, at=at, child=self.pid, where=where)
+            self._child.job = None
+            self.end(RemoteError(Code.UNAVAILABLE, f"{self.name}: its process hangs in the kernel"))
 
     def end(self, outcome: Outcome) -> None:
         """It has this outcome (the child's word)."""
         self.finished = True
         self._on_done(self._why or outcome)
+
+    def settle(self) -> None:
+        """What it was at is what it will always have been at."""
+        if self.describe is not None:
+            self.doing, self.since = self.describe()
+            self.describe = None
+
+    def state(self) -> JobState:
+        """What it is at, and for how long."""
+        if self.describe is not None:
+            self.doing, self.since = self.describe()
+        age = int((self._loop.time() - self.since) * 1000)
+        return JobState(name=self.name, pid=self.pid, doing=self.doing, age_ms=age, killed=self.killed)
 
 
 class _Child:
@@ -87,7 +119,7 @@ class _Child:
         self._fd = result_fd
         self._sock = sock
         self._data = bytearray()
-        self._killed = False
+        self._killed = self.ended = False
         os.set_blocking(result_fd, False)
         loop.add_reader(result_fd, self._readable)
         loop.watch_child(pid, self._ended)
@@ -146,6 +178,7 @@ class _Child:
         return (value if ok else RemoteError(Code(value[0]), value[1], reason=value[2])), stays
 
     def _ended(self, code: int) -> None:
+        self.ended = True
         self._read()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
@@ -167,6 +200,7 @@ class Jobs:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self.running: set[Job] = set()
+        self.stuck: set[Job] = set()  # killed, let go, and not ended yet
         self._idle: list[_Child] = []  # the last one is told the next job
         self._staying: set[_Child] = set()
         self._make_shared: Callable[[], object] | None = None
@@ -303,13 +337,31 @@ class Jobs:
             self.running.discard(job)
             if timer is not None:
                 timer.cancel()
+            if child.job is None and job.killed and not child.ended:
+                self._await_unblocked(job, child)
             on_done(outcome)
 
-        job = Job(child, title, done)
+        job = Job(self._loop, child, title, done)
         self.running.add(job)
         late = RemoteError(Code.DEADLINE_EXCEEDED, f"{title}: not done after {timeout} s")
         timer = None if timeout is None else self._loop.call_later(timeout, lambda: job.kill(late))
         return job
+
+    def _await_unblocked(self, job: Job, child: _Child) -> None:
+        gone = child.gone
+
+        def unblocked(ended: _Child) -> None:
+            self.stuck.discard(job)
+            log.get().warning("a child that hung has ended", job=job.name, at=job.doing, child=job.pid)
+            gone(ended)
+
+        job.settle()
+        child.gone = unblocked
+        self.stuck.add(job)
+
+    def states(self) -> list[JobState]:
+        """Every job under way, and those that hang though they were killed; the oldest first."""
+        return sorted((job.state() for job in self.running | self.stuck), key=lambda state: -state.age_ms)
 
     def run(
         self,

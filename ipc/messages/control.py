@@ -7,7 +7,7 @@ tells where it bound its gRPC socket. Both ends are made before the fork, so nob
 from __future__ import annotations
 
 from . import Body, Empty, Request, request
-from .supervisor import InFlight, SandboxReport
+from .supervisor import InFlight, JobState, SandboxReport
 
 
 @request("control.worker.hello", idempotent=False)
@@ -49,6 +49,7 @@ class Health(Body):
     requests: list[InFlight] = []
     doing: str = ""
     counters: dict[str, int] = {}
+    jobs: list[JobState] = []  # of its children
 
 
 @request("control.worker.ping", reply=Health, idempotent=True)

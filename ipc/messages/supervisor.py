@@ -180,6 +180,16 @@ class SandboxReport(Body):
     degraded: list[str] = []  # "what: why", a sentence each
 
 
+class JobState(Body):
+    """What a child of a worker is doing. `killed`: in vain so far, it hangs in the kernel."""
+
+    name: str
+    pid: int
+    doing: str = ""  # more of it than its name: a path, a plugin
+    age_ms: int = 0  # that it is at that
+    killed: bool = False
+
+
 class WorkerState(Body):
     kind: str  # as in the process table; "supervisor" and "monitor" too
     name: str  # kind, or "monitor <id>"
@@ -198,6 +208,7 @@ class WorkerState(Body):
     queued: int = 0  # requests that it has taken and that wait for others to end
     release: str = ""  # what it was started from, as `bulkhead version --build` says it
     lagged: int = 0  # clients that the kind has let go, since they did not keep up with what they asked for
+    jobs: list[JobState] = []  # of its children
 
 
 class ConfigReloaded(Body):

@@ -57,7 +57,9 @@ class Garbage:
                 proceed()
 
         timeout = places.teardown_timeout
-        self._children.start(probe.collect, places, network, ended=collected, timeout=timeout)
+        self._children.start(
+            probe.collect, places, network, ended=collected, timeout=timeout, of=network.name
+        )
 
     def _marks(self) -> dict[str, str]:
         if self._done is None:

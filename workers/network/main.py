@@ -95,6 +95,7 @@ def run(context: boot.Context[NetworkSettings], state: State) -> None:
         on_reload=reload,
         doing=pods.doing,
         queued=pods.waiting,
+        jobs=jobs.states,
     )
     jobs.kill_all()
 

@@ -81,7 +81,8 @@ class Pods:
             done()
             return
         call.doing = f"{function.__name__} of {pod_id}"
-        self._children.start(function, places, pod_id, ended=ended, timeout=places.teardown_timeout)
+        limit = places.teardown_timeout
+        self._children.start(function, places, pod_id, ended=ended, timeout=limit, of=f"pod {pod_id}")
 
     def _setup(self, call: Call, plan: Plan, done: Done) -> None:
         if call.done:
@@ -125,7 +126,8 @@ class _Setup:
     def _start(self, function: Callable[..., bytes], *args: object, ended: Ended) -> None:
         # The deadline is ADD's; DEL of what failed has its own time after it.
         timeout = self._limit() + 2 * self.places.teardown_timeout
-        self.children.start(function, self.places, *args, ended=ended, timeout=timeout)
+        of = f"pod {self.plan.pod_id}"
+        self.children.start(function, self.places, *args, ended=ended, timeout=timeout, of=of)
 
     def _made(self, outcome: bytes | RemoteError) -> None:
         answer = _read(outcome)

@@ -59,7 +59,7 @@ class Status:
                 call.reply(self._state(network))
 
         args = self._places(), network, self._known, TIMEOUT
-        self._children.start(probe.health, *args, ended=answered, timeout=TIMEOUT)
+        self._children.start(probe.health, *args, ended=answered, timeout=TIMEOUT, of=network.name)
 
     def _learn(self, network: Network, outcome: bytes | RemoteError) -> None:
         if isinstance(outcome, RemoteError):

@@ -11,6 +11,7 @@ long as there is anything of it. After a reboot the mounts are gone and the dire
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,7 @@ class Containers:
         job = self._jobs.start(
             build, plan, body, self.directories, progress, on_done=finish, name="create container"
         )
+        job.describe = functools.partial(progress.describe, job.name, job.since)
         call.doing = "making the container's root file system"
         call.on_abandon(job.kill)
         watch = _Watch(self._loop, self.source_timeout, job=job, progress=progress, call=call, finish=finish)

@@ -142,7 +142,7 @@ class Layers:
             on_done=lambda outcome: self._unpacked(staging, outcome),
             timeout=self._timeout,
             fds=[read_fd],
-            name="unpack",
+            name=f"unpack {body.chain_id[:19]}",
         )
 
     def _unpacked(self, staging: Staging, outcome: Any) -> None:

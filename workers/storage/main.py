@@ -185,7 +185,9 @@ def run(context: boot.Context[StorageSettings], state: State) -> None:
 
     worker.jobs.let_stay(Progress)
     try:
-        boot.serve(context, loop, worker.handlers(), on_reload=reload, queued=worker.queued)
+        boot.serve(
+            context, loop, worker.handlers(), on_reload=reload, queued=worker.queued, jobs=worker.jobs.states
+        )
     finally:
         worker.jobs.kill_all()
         worker.database.close()

@@ -13,6 +13,8 @@ import errno
 import mmap
 import os
 import stat
+import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +32,10 @@ VOLATILE = ",volatile"
 
 
 class Progress:
-    """What a child is doing, readable by its parent: step number and text."""
+    """What a child is doing, readable by its parent: step number, since when (CLOCK_MONOTONIC), and text."""
 
     _SIZE = 4096 + 256
+    _HEAD = struct.Struct("<Qd")
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, self._SIZE)
@@ -41,14 +44,21 @@ class Progress:
     def at(self, text: str) -> None:
         """The child's next step."""
         self._steps += 1
-        data = os.fsencode(text)[: self._SIZE - 9]
-        self._page[8 : 8 + len(data) + 1] = data + b"\0"
-        self._page[:8] = self._steps.to_bytes(8, "little")
+        data = os.fsencode(text)[: self._SIZE - self._HEAD.size - 1]
+        self._page[self._HEAD.size : self._HEAD.size + len(data) + 1] = data + b"\0"
+        self._HEAD.pack_into(self._page, 0, self._steps, time.monotonic())
 
     def read(self) -> tuple[int, str]:
         """Number and text of the step that the child is at."""
-        text = self._page[8:].split(b"\0", 1)[0]
-        return int.from_bytes(self._page[:8], "little"), os.fsdecode(text)
+        return self._HEAD.unpack_from(self._page)[0], self._text()
+
+    def describe(self, job: str, began: float) -> tuple[str, float]:
+        """Text of the step that a job's child is at, and when it began; the job's own before its first."""
+        since = self._HEAD.unpack_from(self._page)[1]
+        return (self._text(), since) if since >= began else (job, began)
+
+    def _text(self) -> str:
+        return os.fsdecode(self._page[self._HEAD.size :].split(b"\0", 1)[0])
 
     def close(self) -> None:
         """Give the page back."""

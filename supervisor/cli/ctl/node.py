@@ -16,10 +16,13 @@ import msgspec
 import psutil
 
 from ipc.cri import api_pb2 as cri
-from ipc.messages.supervisor import WorkerList, WorkerRestart, WorkerState
+from ipc.messages.supervisor import JobState, WorkerList, WorkerRestart, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
 from supervisor.cli.ctl.output import CLEAR, duration, print_data, print_table, short, size
+
+#: Requests that have no end to be waited for.
+ENDLESS = frozenset({"GetContainerEvents"})
 
 
 def register(commands: Commands) -> None:
@@ -152,9 +155,25 @@ def name_of(worker: WorkerState) -> str:
     return f"{kind} {short(identity)}" if identity else kind
 
 
+def hanging(worker: WorkerState, seconds: float) -> list[str]:
+    """What a worker and its children have been at for longer than that, a sentence each."""
+    told = [f"{worker.kind}: {_job(job)}" for job in worker.jobs if job.age_ms >= seconds * 1000]
+    if worker.state == "ready" and worker.last_ping_ms >= seconds * 1000:
+        told.append(f"{worker.kind}: answers no pings for {worker.last_ping_ms / 1000:.0f} s")
+    if told:
+        return told
+    slow = [one for one in worker.requests if one.age_ms >= seconds * 1000 and one.type not in ENDLESS]
+    return [f"{worker.kind}: {one.doing or one.type} for {one.age_ms / 1000:.0f} s" for one in slow]
+
+
+def _job(job: JobState) -> str:
+    at = f"{job.name}: {job.doing}" if job.doing not in ("", job.name) else job.name
+    return f"{at} for {job.age_ms / 1000:.0f} s{', killed, hangs in the kernel' if job.killed else ''}"
+
+
 def _requests(worker: WorkerState) -> str:
     if not worker.requests:
-        return worker.doing or "-"
+        return _job(worker.jobs[0]) if worker.jobs else worker.doing or "-"
     oldest = max(worker.requests, key=lambda request: request.age_ms)
     what = f"{oldest.type} {oldest.age_ms / 1000:.1f}s"
     return f"{len(worker.requests)} ({what}{': ' + oldest.doing if oldest.doing else ''})"

@@ -19,10 +19,12 @@ from ipc.cri import api_pb2 as cri
 from ipc.messages.supervisor import WorkerList, WorkerState
 from supervisor.cli.ctl.arguments import Commands, command, with_output
 from supervisor.cli.ctl.connection import Connection
-from supervisor.cli.ctl.node import name_of, usage
+from supervisor.cli.ctl.node import hanging, name_of, usage
 from supervisor.cli.ctl.output import CLEAR, as_data, coloured, duration, print_data, print_table, short, size
 
 SICK = {"failed", "backoff"}
+#: Seconds at one thing after which the screen names it.
+HANGS = 5.0
 
 
 def register(commands: Commands) -> None:
@@ -109,13 +111,26 @@ def _lines(screen: Screen) -> Iterator[str]:
     free = f", {size(screen.free_bytes)} free" if screen.free_bytes >= 0 else ""
     yield f"  images      {screen.images}, {size(screen.image_bytes)}{free}"
     yield f"  workers     {_workers(screen.workers)}"
-    own = next((worker.release for worker in screen.workers if worker.kind == "supervisor"), "")
-    others = [worker for worker in screen.workers if worker.release not in ("", own)]
-    for kind, release in sorted({(worker.kind, worker.release) for worker in others}):
-        yield f"  release     {kind}: still {release}"
+    yield from _releases(screen.workers)
+    for sentence in _hanging(screen.workers):
+        yield f"  {coloured('hangs', '31')}       {sentence}"
     deaths = [worker for worker in screen.workers if worker.last_death]
     for kind, death in sorted({(worker.kind, worker.last_death) for worker in deaths}):
         yield f"  last death  {kind}: {death}"
+
+
+def _releases(workers: list[WorkerState]) -> Iterator[str]:
+    own = next((worker.release for worker in workers if worker.kind == "supervisor"), "")
+    others = [worker for worker in workers if worker.release not in ("", own)]
+    for kind, release in sorted({(worker.kind, worker.release) for worker in others}):
+        yield f"  release     {kind}: still {release}"
+
+
+def _hanging(workers: list[WorkerState]) -> list[str]:
+    """What hangs; of cri only if nobody else does, for it waits for the others."""
+    of_cri = [sentence for worker in workers if worker.kind == "cri" for sentence in hanging(worker, HANGS)]
+    others = [sentence for worker in workers if worker.kind != "cri" for sentence in hanging(worker, HANGS)]
+    return others or of_cri
 
 
 def _since(workers: list[WorkerState]) -> str:
