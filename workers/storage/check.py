@@ -213,13 +213,10 @@ class Inspection:
                 yield _finding(f"pod {pod}", "its /dev/shm is not mounted")
 
     def _strays(self) -> Iterator[Finding]:
+        """Not in staging: what an end of storage leaves there is deleted by its next start."""
         for path in sorted(self._paths.root.iterdir()):
             if path.name not in _OURS and not path.name.startswith("images.db.broken-"):
                 yield _finding(f"file {path}", "it is not of this program")
-        for path in [] if self._running else sorted(self._paths.staging.iterdir()):
-            yield _finding(
-                f"directory {path}", "left of something that was cut off", "deleted", f"{TREE}:{path}"
-            )
 
 
 def _finding(what: str, problem: str, repair: str = "", key: str = "") -> Finding:

@@ -386,12 +386,14 @@ class Layers:
                 continue
             doomed.append(str(grave))
         if doomed and not self._graves:
-            self._loop.call_later(EMPTY_AFTER, self._empty)
+            self._loop.call_later(EMPTY_AFTER, self.empty)
         self._graves += doomed
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Empty the graves now."""
         graves, self._graves = self._graves, []
-        self._bury(graves, FIRST_RETRY)
+        if graves:
+            self._bury(graves, FIRST_RETRY)
 
     def _bury(self, doomed: list[str], delay: float) -> None:
         """Delete what stands in staging; what cannot be deleted now is tried again, later and later."""

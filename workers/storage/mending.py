@@ -7,7 +7,6 @@ unmounted and removed. It leaves alone what a container that runs is made of, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +106,5 @@ class Mender:
         path = Path(name)
         if path.parent == self._storage.paths.links:
             path.unlink(missing_ok=True)
-        if path.parent == self._storage.paths.staging and os.path.lexists(path):
-            self._storage.layers.delete([path])
         repaired(finding)  # a directory of no layer: the start of storage has seen to it
         then()

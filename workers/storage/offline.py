@@ -53,6 +53,9 @@ def _opened(loop: Loop, settings: StorageSettings) -> Storage:
 
 
 def _finish(loop: Loop, storage: Storage) -> None:
-    """Turn the loop until no child is at work any more."""
+    """Turn the loop until no child is at work any more, nor has anything left to be deleted."""
+    while storage.jobs.running:
+        loop.turn()
+    storage.layers.empty()
     while storage.jobs.running:
         loop.turn()

@@ -66,10 +66,12 @@ def contained(doing: str) -> Iterator[None]:
 class _NoJob(Job):
     """A child that could not be made."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, loop: Loop, name: str) -> None:
         self.pid = 0
         self.name = self.doing = name
-        self.finished = True
+        self.since = loop.time()
+        self.finished = self.killed = True
+        self.describe = None
 
     def kill(self, why: RemoteError | None = None) -> None:
         """There is nothing to kill."""
@@ -97,4 +99,4 @@ class Children(Jobs):
         except OSError as error:
             failure = refusal(error, "no child process")
             self._own_loop.call_soon(lambda: on_done(failure))
-            return _NoJob(name)
+            return _NoJob(self._own_loop, name)
