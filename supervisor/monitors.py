@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Callable, Sequence
 
 from ipc import channel
@@ -20,6 +21,7 @@ from ipc.settings import MonitorSettings
 from supervisor import held, spawn
 from supervisor.files import remove_tree
 from supervisor.heritage import WardRow
+from supervisor.notify import Notifier
 from supervisor.nursery import Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.succession import Succession
@@ -44,6 +46,7 @@ class Monitors:
         *,
         tally: Tally,
         nursery: Nursery,
+        notifier: Notifier,
     ) -> None:
         self._ground = ground
         self._entry = entry
@@ -55,7 +58,7 @@ class Monitors:
         self._nursery_settings = settings()
         self._nursery = nursery
         nursery.add("monitor", self._live, self._prepare, lambda pid, fds: held.write_holder(fds[0], pid))
-        self._succession = Succession(ground, self._root, self._fork_successor)
+        self._succession = Succession(ground, self._root, self._fork_successor, self._listen, notifier)
         self.adopt = self._succession.adopt
 
     def start(self, container_id: str, pod_id: str) -> int:
@@ -76,6 +79,8 @@ class Monitors:
         if lock_fd is None:
             return held.holder(directory)
         try:
+            if not self._succession.has(container_id):
+                self._succession.claim(container_id)
             if self._succession.has(container_id):  # one died just now, and this is sooner than its turn
                 return self._succession.succeed(container_id, lock_fd)
             return self._fork(container_id, pod_id, directory, lock_fd)
@@ -86,10 +91,13 @@ class Monitors:
         return f"{self._root}/{held.check_id(container_id, 'container')}"
 
     def _fork(self, container_id: str, pod_id: str, directory: str, lock_fd: int) -> int:
-        with channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid) as listener:
+        with self._listen(directory) as listener:
             vault_fd = self._succession.begin(container_id, pod_id, listener.fileno())
             words = ["monitor", container_id, pod_id, directory]
             return self._bear(words, (lock_fd, listener.fileno(), vault_fd))
+
+    def _listen(self, directory: str) -> socket.socket:
+        return channel.listen(f"{directory}/ctl.sock", mode=0o660, uid=0, gid=self._cri.gid)
 
     def _fork_successor(
         self, container_id: str, pod_id: str, directory: str, lock_fd: int, vault_fd: int

@@ -168,6 +168,7 @@ class Supervisor:
             cri,
             tally=self.tally,
             nursery=self.nursery,
+            notifier=self._notifier,
         )
         systemd = self.config.cgroup_manager == "systemd"
         self.parents = Parents(self.ground, self.config.run_root, systemd=systemd)

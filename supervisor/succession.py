@@ -3,7 +3,9 @@
 Monitors that die have successors. For each monitor the supervisor holds a vault (ipc/vault.py), in which the
 descriptors of the container lie: nothing that the container writes to is ever without a reader. It owns the
 vaults, and the codes of inits that it inherited and reaped (`reaped.json`); what a vault holds it does not
-know. A supervisor that is new gets duplicates of the vaults from the monitors that live.
+know. A supervisor that is new gets duplicates of the vaults from the monitors that live; those of monitors
+that died with the supervisor from the service manager, if there is one that keeps descriptors. Else their
+successors find what the kernel has by itself (workers/monitor/heir.py).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,9 +23,12 @@ from typing import Any
 from ipc import kernel, vault
 from supervisor import held
 from supervisor.heritage import WardRow
+from supervisor.notify import Notifier
 from supervisor.worker import Ground
 
 REAPED, STATE, EXIT = "reaped.json", "state.json", "exit.json"
+VAULT = "vault."  # and the container's id: a vault's name where the service manager keeps it
+STORE_PATIENCE = 1.0  # seconds until the manager is told again
 LOCK_PATIENCE = 0.02  # seconds until a lock is tried again that the dead one's last child holds
 SPELL, QUICK = 10.0, 3  # after so many deaths within so many seconds
 SLOW = 5.0  # the next successor comes so many seconds later
@@ -30,6 +36,10 @@ ORPHANS = 256  # whose codes are remembered: an init may be reaped before its mo
 
 #: Forks a successor, returns its pid: container, pod, directory, lock, vault. Raises OSError.
 Fork = Callable[[str, str, str, int, int], int]
+
+
+#: Binds the socket of a container's monitor anew. Raises OSError.
+Listen = Callable[[str], socket.socket]
 
 
 @dataclass
@@ -48,8 +58,13 @@ class Ward:
 class Succession:
     """All wards."""
 
-    def __init__(self, ground: Ground, root: str, fork: Fork) -> None:
+    def __init__(self, ground: Ground, root: str, fork: Fork, listen: Listen, notifier: Notifier) -> None:
         self._ground = ground
+        self._listen = listen
+        self._notifier = notifier
+        prefix = len(VAULT)
+        left = notifier.stored
+        self._stored = {name[prefix:]: left.pop(name) for name in list(left) if name.startswith(VAULT)}
         self._root = root
         self._fork = fork
         self._wards: dict[str, Ward] = {}
@@ -63,13 +78,24 @@ class Succession:
         self.forget(container_id)
         ward = self._wards[container_id] = Ward(pod_id, vault.make())
         vault.put(ward.vault_fd, vault.LISTENER, fds=[listener_fd])
+        self._ground.loop.call_soon(lambda: self._store(container_id, ward))  # nobody waits for that
         return ward.vault_fd
+
+    def _store(self, container_id: str, ward: Ward) -> None:
+        """Have the service manager keep the vault too, if there is one."""
+        current = self._wards.get(container_id) is ward
+        if current and not self._notifier.store(VAULT + container_id, ward.vault_fd):
+            self._ground.loop.call_later(STORE_PATIENCE, lambda: self._store(container_id, ward))
 
     def forget(self, container_id: str) -> None:
         """No monitor of this container will have a successor."""
         ward = self._wards.pop(container_id, None)
+        stored_fd = self._stored.pop(container_id, -1)
+        for fd in (ward.vault_fd if ward is not None else -1, stored_fd):
+            if fd >= 0:
+                os.close(fd)
+                self._notifier.unstore(VAULT + container_id)
         if ward is not None:
-            os.close(ward.vault_fd)
             self._unwatch(ward)
 
     # -- an upgrade in place --------------------------------------------------------------------------
@@ -94,6 +120,7 @@ class Succession:
         """Take over a ward of the program before this one."""
         ward = Ward(row.pod_id, row.vault_fd, row.pidfd, row.init_pid, row.bereft, row.successions)
         self._wards[row.container_id] = ward
+        self._store(row.container_id, ward)
 
     def look_after(self, container_id: str) -> None:
         """Of a ward whose monitor is no child of ours, or had died already: go on where it was left."""
@@ -203,8 +230,11 @@ class Succession:
     # -- monitors of an earlier supervisor --------------------------------------------------------------
 
     def adopt(self) -> None:
-        """Take over the monitors that live, one a turn of the loop."""
-        self._adopt_next(held.names(self._root))
+        """Take over the monitors that live, and succeed to those that do not, one a turn of the loop."""
+        names = held.names(self._root)
+        for container_id in self._stored.keys() - set(names):
+            self.forget(container_id)
+        self._adopt_next(names)
 
     def _adopt_next(self, names: list[str]) -> None:
         if not names:
@@ -216,8 +246,17 @@ class Succession:
 
     def _adopt(self, container_id: str) -> None:
         pid = held.holder(f"{self._root}/{container_id}")
-        if not pid:
-            return
+        if pid:
+            self._adopt_living(container_id, pid)
+        elif held.is_held(f"{self._root}/{container_id}"):  # by what a dead one has left for a moment
+            self._ground.loop.call_later(STORE_PATIENCE, lambda: self._adopt_next([container_id]))
+        else:
+            self.claim(container_id)
+            if container_id in self._wards:
+                self._ground.log.error("monitor died with the supervisor", container=container_id)
+                self.died(container_id)
+
+    def _adopt_living(self, container_id: str, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
         # The holder is asked again: before the pidfd was open, the number could have changed hands.
         vault_fd = _find_vault(pidfd, pid) if held.holder(f"{self._root}/{container_id}") == pid else -1
@@ -225,9 +264,31 @@ class Succession:
             os.close(pidfd)
             self._ground.log.warning("a monitor without a vault: it will have no successor", pid_of=pid)
             return
+        ward = self._admit(container_id, vault_fd, pidfd)
+        self._ground.loop.add_reader(pidfd, lambda: self._stranger_ended(container_id, ward))
+
+    def claim(self, container_id: str) -> None:
+        """Of one whose monitor nobody has, and who is nobody's ward: make it one if its container may live.
+
+        Raises OSError.
+        """
+        directory = f"{self._root}/{container_id}"
+        stored_fd = self._stored.pop(container_id, -1)
+        if stored_fd >= 0:
+            self._admit(container_id, stored_fd)
+        elif os.path.lexists(f"{directory}/{STATE}") and not os.path.lexists(f"{directory}/{EXIT}"):
+            self._admit(container_id, vault.make())
+            with self._listen(directory) as listener:
+                vault.put(self._wards[container_id].vault_fd, vault.LISTENER, fds=[listener.fileno()])
+
+    def _admit(self, container_id: str, vault_fd: int, pidfd: int = -1) -> Ward:
         pod_id = str(self._state(container_id).get("pod_id", "unknown"))
         ward = self._wards[container_id] = Ward(pod_id, vault_fd, pidfd)
-        self._ground.loop.add_reader(pidfd, lambda: self._stranger_ended(container_id, ward))
+        stored_fd = self._stored.pop(container_id, -1)
+        if stored_fd >= 0:
+            os.close(stored_fd)
+        self._store(container_id, ward)
+        return ward
 
     def _stranger_ended(self, container_id: str, ward: Ward) -> None:
         status = kernel.pidfd_exit_status(ward.pidfd)

@@ -31,6 +31,7 @@ from ipc.errors import RemoteError
 from ipc.messages.supervisor import WorkerList, WorkerState
 from supervisor.cgroup import instance_name
 from tests.support import machine
+from tests.support.service_manager import ServiceManager
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = "/usr/lib/cni"
@@ -76,6 +77,7 @@ class Node:
         self.log_level = log_level
         self.bridge = bridge
         self.daemon: subprocess.Popen[bytes] | None = None
+        self.manager: ServiceManager | None = None  # whose service the daemon is
         self._channel: grpc.Channel | None = None
         for directory in (self.conf_dir, self.logs, self.root / "bulkhead.toml.d"):
             directory.mkdir()
@@ -124,9 +126,18 @@ class Node:
     def start(self) -> float:
         """Start the daemon, wait until its socket answers; return the seconds that took."""
         began = time.monotonic()
+        command, environment, fds = self.command(), dict(os.environ), list[int]()
+        if self.manager is not None:
+            command, environment, fds = self.manager.service(command)
         with (self.root / "daemon.log").open("ab") as log:
             self.daemon = subprocess.Popen(
-                self.command(), cwd=REPO, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=REPO,
+                env=environment,
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self.wait_ready()
         return time.monotonic() - began

@@ -222,7 +222,7 @@ class Container:
         kin, pidfd = handing.kinship(born.pid, self._monitor_pid)
         record = handing.record_of(
             self._request,
-            born.pid,
+            born,
             container_id=self.container_id,
             pod_id=self.pod_id,
             monitor_pid=self._monitor_pid,

@@ -36,9 +36,10 @@ def kinship(pid: int, monitor_pid: int) -> tuple[int, int]:
 
 
 def record_of(
-    request: Create, pid: int, *, container_id: str, pod_id: str, monitor_pid: int, ours: bool
+    request: Create, born: Born, *, container_id: str, pod_id: str, monitor_pid: int, ours: bool
 ) -> StateRecord:
     """The state of a container that was created just now."""
+    pid = born.pid
     fact = procfs.stat(pid)
     cgroups = Cgroups.of_process(pid, request.cgroup_path, container_id)
     return StateRecord(
@@ -64,12 +65,13 @@ def record_of(
         terminal=request.terminal,
         stdin_once=request.stdin_once,
         init_program=procfs.program(pid),
+        pipes=[] if request.terminal else [os.fstat(fd).st_ino for _, fd in born.outputs],
     )
 
 
 def gift(born: Born, kin: int, pidfd: int, log_fd: int, record: StateRecord) -> tuple[Taken, list[int]]:
     """What the keeper is given, in the order of `Taken`."""
-    oom = _follow_oom(record)
+    oom = follow_oom(record)
     first = (log_fd, -1 if born.stdin_fd is None else born.stdin_fd, pidfd)
     what = Taken(
         born.pid,
@@ -84,7 +86,8 @@ def gift(born: Born, kin: int, pidfd: int, log_fd: int, record: StateRecord) -> 
     return what, [*(fd for fd in first if fd >= 0), *oom.fds, *(fd for _, fd in born.outputs)]
 
 
-def _follow_oom(record: StateRecord) -> Followed:
+def follow_oom(record: StateRecord) -> Followed:
+    """Follow the count of kills where the group may vanish before it is read."""
     memory = Cgroups(record.cgroups).memory
     if record.systemd_cgroup and memory:
         with contextlib.suppress(OSError):  # without events there is still the count at the end

@@ -4,6 +4,8 @@ The container lives; its descriptors lie in the vault (ipc/vault.py), all else s
 successor takes them up, and what is not to be known any more it says: how much output may be missing, as a
 record in the log, in the state and in the exit record. The init is no child of it: its exit code comes from
 the kernel (a pidfd tells it since Linux 6.15) or from the supervisor, which inherits the init and reaps it.
+A vault that died with a supervisor is replaced by what the kernel gives: a pipe lives as long as somebody
+writes to it, and can be opened again at the writer's descriptor.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import msgspec
 
 from ipc import kernel, vault
 from ipc.fds import close_all
-from workers.monitor import records
-from workers.monitor.link import CHILD, STRANGER, TAKEN, Taken
+from workers.monitor import handing, procfs, records
+from workers.monitor.cgroups import Cgroups
+from workers.monitor.link import CHILD, GONE, STRANGER, TAKEN, Taken
+from workers.monitor.log import Clock, LoggedStream
 from workers.monitor.records import StateRecord
 from workers.monitor.stdio import PIPE_BYTES, open_log
 
@@ -76,11 +80,58 @@ def inheritance(keeper: Keeper, directory: str) -> Callable[[], object] | None:
         os.close(keeper.listener)
         keeper.listener = fd
     state = records.read_state(directory)
-    if taken is None or state is None or _pid(taken[0]) != state.pid:
-        close_all(taken[1] if taken else [])
+    if taken is not None and (state is None or _pid(taken[0]) != state.pid):
+        close_all(taken[1])
+        taken = None
+    if state is None:
         return None
-    data, fds = taken
-    return lambda: _inherit(keeper, directory, state, data, fds)
+    known = state
+    data, fds = taken or _find(state)
+    return lambda: _inherit(keeper, directory, known, data, fds)
+
+
+def _find(state: StateRecord) -> tuple[bytes, list[int]]:
+    """What is to be had without a vault: a pidfd, and the pipes, which have kept what is in them."""
+    init_fd = procfs.open_pid(state.pid, state.pid_start)
+    if init_fd < 0:
+        return TAKEN.pack(state.pid, GONE, False, False, 0, 0, -1), []
+    oom = handing.follow_oom(state)
+    group = Cgroups(state.cgroups)
+    version = state.cgroup_version if oom.fds else 0
+    # Standard input has had its end: nobody had it open any more.
+    data = TAKEN.pack(state.pid, STRANGER, False, False, version, len(oom.fds), oom.others)
+    pids = [state.pid, *(group.pids() if group.known() else [])]
+    return data + group.memory.encode(), [init_fd, *oom.fds, *reopened(state.pipes, pids)]
+
+
+def reopened(inodes: list[int], pids: list[int]) -> list[int]:
+    """Reading ends of pipes that these processes write to, one for each inode; none if there is no pipe."""
+    found: dict[int, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it is gone
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                _reopen(f"/proc/{pid}/fd/{name}", inodes, found)
+    if not found:
+        return []
+    return [found[inode] if inode in found else _ended_pipe() for inode in inodes]
+
+
+def _reopen(path: str, inodes: list[int], found: dict[int, int]) -> None:
+    with contextlib.suppress(OSError):
+        inode = os.stat(path).st_ino
+        if inode not in inodes or inode in found or not os.readlink(path).startswith("pipe:"):
+            return
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if os.fstat(fd).st_ino == inode:  # else it was closed just then, and the number is another file's
+            found[inode] = fd
+        else:
+            os.close(fd)
+
+
+def _ended_pipe() -> int:
+    read_fd, write_fd = os.pipe()
+    os.close(write_fd)
+    return read_fd
 
 
 def _look(vault_fd: int) -> tuple[list[int], tuple[bytes, list[int]] | None]:
@@ -124,12 +175,18 @@ def recover(keeper: Keeper, directory: str) -> None:
 
 def _inherit(keeper: Keeper, directory: str, state: StateRecord, data: bytes, fds: list[int]) -> None:
     ended = records.read_exit(directory) is not None
+    streams = _outputs(data, fds)
     if not ended:
         _take_up_log(keeper, state)
-        _note(directory, state, _outputs(data, fds))
+        _note(directory, state, streams)
     keeper.take(data, fds)
-    if not ended:
-        _say_unsure(keeper)
+    if ended:
+        return
+    if streams:
+        _say_unsure(keeper.outputs)
+    else:
+        text = "[bulkhead] the container's monitor and the supervisor died together: its output is lost\n"
+        LoggedStream("stdout", Clock(), keeper.file).take(text.encode(), False)
 
 
 def _outputs(data: bytes, fds: list[int]) -> int:
@@ -159,15 +216,19 @@ def _end_torn_record(fd: int, path: str) -> None:
 
 def _note(directory: str, state: StateRecord, streams: int) -> None:
     """Write down that output may be missing. The keeper is alone: no hand writes the state now."""
-    unsure = state.log_bytes_unsure + UNSURE * streams
-    changed = msgspec.structs.replace(state, successions=state.successions + 1, log_bytes_unsure=unsure)
+    changed = msgspec.structs.replace(
+        state,
+        successions=state.successions + 1,
+        log_bytes_unsure=state.log_bytes_unsure + UNSURE * streams,
+        output_lost=state.output_lost or not streams,
+    )
     with contextlib.suppress(OSError):  # a full disk: the log says it
         records.write_state(directory, changed)
 
 
-def _say_unsure(keeper: Keeper) -> None:
+def _say_unsure(streams: list[LoggedStream]) -> None:
     """A record in the log, where output may be missing."""
-    for stream in keeper.outputs:
+    for stream in streams:
         text = f"[bulkhead] the container's monitor was replaced: up to {UNSURE} bytes may be missing here\n"
         stream.take(text.encode(), False)
 

@@ -207,6 +207,9 @@ class LastAct:
         told = UNKNOWN if code is None else exit_code(code)
         reason = records.exit_reason(told, oom_kills=oom_kills)
         message = "" if code is not None else "the exit code is unknown: the init was no child of the monitor"
+        if self._state.output_lost:
+            lost = "output was lost since the monitor died together with the supervisor"
+            message = f"{message}; {lost}" if message else lost
         if self._state.start_error:
             told, reason = start_exit_code(self._state.start_error), records.START_ERROR
             message = self._state.start_error

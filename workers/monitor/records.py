@@ -54,6 +54,8 @@ class StateRecord(Body):
     stdin_once: bool = False
     successions: int = 0  # how many monitors have died
     log_bytes_unsure: int = 0  # output that may be missing in the log for that, at most
+    output_lost: bool = False  # since one died together with the supervisor
+    pipes: list[int] = []  # the inodes of standard output and error; empty for a terminal
     init_program: str = ""  # procfs.program of what executes the container's command
 
 

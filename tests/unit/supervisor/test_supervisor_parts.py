@@ -11,7 +11,7 @@ import pytest
 from ipc.errors import RemoteError
 from ipc.log import Log
 from ipc.loop import Loop
-from supervisor import directories, files, held, hostinfo, sockets
+from supervisor import directories, files, held, hostinfo, notify, sockets
 from supervisor.config import Config, RuntimeConfig
 from supervisor.logsink import BURST, STDERR_LINE, Lines, LogSink
 from supervisor.logwriter import LogWriter
@@ -51,9 +51,44 @@ def test_the_watchdog_is_ours_or_nobodys() -> None:
 
 
 def test_the_environment_of_children_has_no_notify_socket() -> None:
-    environ = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "PATH": "/bin"}
+    listen = {"LISTEN_PID": "1", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "vault.a"}  # of somebody else
+    environ = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1", "WATCHDOG_PID": "1", "PATH": "/bin", **listen}
     Notifier(environ)
     assert environ == {"PATH": "/bin"}
+
+
+def test_the_service_manager_keeps_descriptors_until_it_is_told_otherwise(tmp_path: Path) -> None:
+    address = str(tmp_path / "notify")
+    notifier = Notifier({"NOTIFY_SOCKET": address})
+    assert not notifier.store("vault.a", 0)  # nobody hears it: it is to be tried again
+    read_fd, write_fd = os.pipe()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        assert notifier.store("vault.a", read_fd)
+        os.close(read_fd)
+        data, fds, _, _ = socket.recv_fds(sock, 200, 4)
+        assert data == b"FDSTORE=1\nFDNAME=vault.a\nFDPOLL=0"
+        os.write(write_fd, b"x")
+        assert os.read(fds[0], 1) == b"x"
+        notifier.unstore("vault.a")
+        assert sock.recv(200) == b"FDSTOREREMOVE=1\nFDNAME=vault.a"
+    for fd in (*fds, write_fd):
+        os.close(fd)
+    assert Notifier({}).store("vault.a", 0)  # without a manager there is nothing to be done
+
+
+def test_what_the_service_manager_has_kept_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    fds = [os.dup2(0, at, inheritable=True) for at in (900, 901, 902)]
+    monkeypatch.setattr(notify, "FIRST_STORED", fds[0])
+    environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "3", "LISTEN_FDNAMES": "one:two:one"}
+    found = Notifier(environ).stored
+    assert found == {"one": 902, "two": 901}
+    assert not environ
+    assert not any(os.get_inheritable(fd) for fd in found.values())
+    for fd in found.values():
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fds[0])
 
 
 # -- log sink --------------------------------------------------------------------------------
