@@ -13,7 +13,7 @@ import pytest
 
 from ipc.cri import api_pb2 as cri
 from tests.crash.crash_world import COUNTER, SLEEP, World
-from tests.crash.matrix import world_of_its_own
+from tests.crash.worlds import world_of_its_own
 from tests.support.daemon import alive, wait_for
 from tests.support.service_manager import ServiceManager
 
@@ -63,8 +63,9 @@ def die_together(world: World, *containers: str, meanwhile: float = 0.0) -> None
     wait_for(lambda: not any(alive(pid) for pid in monitors), "they are dead")
     time.sleep(meanwhile)
     world.node.start()
-    for container in containers:
-        wait_for(lambda one=container: record(world, one, "state.json")["successions"], "a successor")  # type: ignore[misc]
+    wait_for(
+        lambda: all(record(world, one, "state.json").get("successions") for one in containers), "successors"
+    )
     world.recovered()
 
 
