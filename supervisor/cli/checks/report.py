@@ -15,7 +15,6 @@ from typing import Protocol
 import msgspec
 
 from ipc.messages.checking import REPAIRED, Finding, Known
-from supervisor.cli.ctl.output import print_table
 
 #: Exit codes: all is well (by now); something is wrong. The programs have codes of their own for failures.
 CLEAN, FOUND = 0, 4
@@ -59,6 +58,8 @@ def show(found: list[Finding], output: str) -> int:
     if output == "json":
         print(json.dumps([msgspec.to_builtins(finding) for finding in found], indent=2))
     elif found:
+        from supervisor.cli.ctl.output import print_table  # not in what becomes the supervisor: it is large
+
         print_table(HEADERS, (_row(finding) for finding in found))
         print(summary(found))
     else:
