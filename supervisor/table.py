@@ -58,7 +58,8 @@ class Entry:
 
     `module` has `prepare` and `run` (workers/boot.py). `user` is a key of [users], or root. `minimum` and
     `maximum` count processes; a pool's maximum may be configured ([pools]). `recycle` ends a worker in order
-    after so many served requests, 0 never. `callers` may connect to `<run_root>/ipc/<kind>.sock`. `extra`
+    after so many served requests, 0 never. `network`: whose bytes it reads from a network, ""
+    if nobody's. `callers` may connect to `<run_root>/ipc/<kind>.sock`. `extra`
     names further listening sockets (supervisor/sockets.py binds them). `preload`: the module is imported
     before the fork and shared. `without`: modules that cannot be imported in it, however much a library would
     like to. `stop_order`: low numbers are told to stop first. `drains`: what it has begun outlives its being
@@ -74,6 +75,7 @@ class Entry:
     maximum: int = 1
     restart: Restart = Restart.ALWAYS
     recycle: int = 0
+    network: str = ""
     callers: frozenset[str] = frozenset()
     sandbox: Sandbox | None = None
     limits: Limits | None = None
@@ -106,7 +108,7 @@ def by_kind(*entries: Entry) -> Table:
     return table
 
 
-_LOG = Bind("{run_root}/ipc/log.sock", optional=True)
+_LOG = Bind("{run_root}/ipc/log.sock", optional=True, why="a log line after the sink was made anew")
 
 TABLE: Table = by_kind(
     Entry(
@@ -158,12 +160,20 @@ TABLE: Table = by_kind(
             oom_score_adj=-900,
             view=(
                 *DEVICES,
-                Bind("{run_root}/ipc"),
-                Bind("{run_root}/monitors"),
-                Bind("{run_root}/cri", writable=True),
-                Bind("{bind_directory}", writable=True),
-                Bind("/proc"),
-                Bind("/sys/fs/cgroup", tree=True),
+                Bind("{run_root}/ipc", why="the sockets of those it calls"),
+                Bind("{run_root}/monitors", why="ctl.sock of monitors, exit records"),
+                Bind("{run_root}/cri", writable=True, why="its database"),
+                Bind(
+                    "{bind_directory}",
+                    writable=True,
+                    why="where gRPC binds, before the supervisor renames the socket",
+                ),
+                Bind("/proc", why="network statistics of pods"),
+                Bind(
+                    "/sys/fs/cgroup",
+                    tree=True,
+                    why="statistics of containers; cgroup v1 has a mount per controller",
+                ),
             ),
             rlimits={**WORKER_LIMITS, "NOFILE": 65536},
         ),
@@ -174,6 +184,7 @@ TABLE: Table = by_kind(
     Entry(
         kind="image",
         purpose="registry client",
+        network="registries, signature stores",
         module="workers.image.main",
         user="image",
         minimum=0,
@@ -191,11 +202,15 @@ TABLE: Table = by_kind(
                 *NAME_SERVICE,
                 *TRUST,
                 _LOG,
-                Bind("{registries_conf}", optional=True),
-                Bind("{registries_conf_dir}", optional=True),
-                Bind("{certs_dirs}", optional=True),
-                Bind("{auth_file}", optional=True),
-                Bind("{signatures}", optional=True),
+                Bind("{registries_conf}", optional=True, why="its configuration"),
+                Bind("{registries_conf_dir}", optional=True, why="its configuration"),
+                Bind("{certs_dirs}", optional=True, why="its configuration"),
+                Bind("{auth_file}", optional=True, why="its configuration"),
+                Bind(
+                    "{signatures}",
+                    optional=True,
+                    why="signatures in local directories, if the policy needs them",
+                ),
             ),
             rlimits=WORKER_LIMITS,
         ),
@@ -205,6 +220,7 @@ TABLE: Table = by_kind(
     Entry(
         kind="stream",
         purpose="exec, attach, port-forward over HTTP",
+        network="kubelets",
         module="workers.stream.main",
         user="stream",
         minimum=0,
@@ -215,7 +231,13 @@ TABLE: Table = by_kind(
             tcp=frozenset({"bind"}),
             oom_score_adj=-500,
             # the directory, not cri.sock: sessions outlive the supervisor, and its successor binds anew
-            view=(*DEVICES, Bind("{run_root}/ipc"), Bind("{stream_tls}", optional=True)),
+            view=(
+                *DEVICES,
+                Bind(
+                    "{run_root}/ipc", why="cri; sessions outlive the supervisor, whose successor binds anew"
+                ),
+                Bind("{stream_tls}", optional=True, why="it sees that its TLS files changed"),
+            ),
             rlimits={**WORKER_LIMITS, "NOFILE": 16384},
             parent_death_signal=False,
         ),
@@ -227,6 +249,7 @@ TABLE: Table = by_kind(
     Entry(
         kind="ops",
         purpose="/metrics, /workers, /info",
+        network="scrapers, where `[ops]` listens on TCP",
         module="workers.ops.main",
         user="ops",
         minimum=0,
@@ -237,11 +260,11 @@ TABLE: Table = by_kind(
             oom_score_adj=0,
             view=(
                 *DEVICES,
-                Bind("{run_root}/ipc/cri.sock"),
-                Bind("{run_root}/ipc/supervisor.sock"),
+                Bind("{run_root}/ipc/cri.sock", why="the one it may call"),
+                Bind("{run_root}/ipc/supervisor.sock", why="the list of workers"),
                 _LOG,
-                Bind("/proc"),
-                Bind("{ops_tls}", optional=True),
+                Bind("/proc", why="memory and CPU time of our processes"),
+                Bind("{ops_tls}", optional=True, why="it sees that its TLS files changed"),
             ),
             rlimits={**WORKER_LIMITS, "NOFILE": 1024},
         ),

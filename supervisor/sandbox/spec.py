@@ -58,13 +58,14 @@ class Bind:
 
     `tree` takes the mounts below it along (cgroup v1 has one per controller); everything else is bound
     alone, so that no mount of the host is kept alive by a worker. `optional` paths may be absent;
-    the absence of any other is an error.
+    the absence of any other is an error. `why` is for docs/sandbox.md.
     """
 
     path: str
     writable: bool = False
     tree: bool = False
     optional: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,14 @@ class Sandbox:
 
 
 #: What Python and its libraries may open at any time.
-DEVICES = (Bind("/dev/null", writable=True), Bind("/dev/urandom"))
+DEVICES = (
+    Bind("/dev/null", writable=True, why="Python and its libraries"),
+    Bind("/dev/urandom", why="gRPC, OpenSSL"),
+)
 
 #: What getaddrinfo reads. Bound as they are at the start of the worker.
 NAME_SERVICE = tuple(
-    Bind(path, optional=True)
+    Bind(path, optional=True, why="host names")
     for path in (
         "/etc/resolv.conf",
         "/etc/hosts",
@@ -123,7 +127,7 @@ NAME_SERVICE = tuple(
 
 #: Certificate authorities, where the distributions keep them (Debian, Fedora and RHEL, SUSE, Alpine).
 TRUST = tuple(
-    Bind(path, optional=True)
+    Bind(path, optional=True, why="certificate authorities")
     for path in (
         "/etc/ssl/certs",
         "/etc/ssl/openssl.cnf",
@@ -156,31 +160,29 @@ WORKER_LIMITS: Mapping[str, int] = {
 #: Storage stays root, without what root is feared for: no NET_*, SYS_MODULE, SYS_PTRACE, SYS_RAWIO, SYS_BOOT.
 #: An overlay mount keeps the capabilities of the process that mounted it: what a container copies up, it
 #: copies up with these.
-STORAGE_CAPABILITIES = frozenset(
-    {
-        "SYS_ADMIN",  # mount overlayfs, trusted.overlay.* attributes, mount namespaces of unpack children
-        "SYS_CHROOT",  # children enter a layer or an image root
-        "CHOWN",  # numeric owners out of archives
-        "DAC_OVERRIDE",  # directories that an image made unwritable for their owner
-        "FOWNER",  # chmod and utimes on files of other owners
-        "FSETID",  # setgid bits survive chown
-        "MKNOD",  # device nodes and overlay whiteouts
-        "SETFCAP",  # file capabilities out of archives
-        "SETUID",  # children drop to unpack_uid
-        "SETGID",
-        "SETPCAP",  # children empty their own bounding set
-        "KILL",  # end a child that dropped to another uid
-    }
-)
+STORAGE_NEEDS: Mapping[str, str] = {
+    "SYS_ADMIN": "mount overlayfs, trusted.overlay.* attributes, mount namespaces of unpack children",
+    "SYS_CHROOT": "children enter a layer or an image root",
+    "CHOWN": "numeric owners out of archives",
+    "DAC_OVERRIDE": "directories that an image made unwritable for their owner",
+    "FOWNER": "chmod and utimes on files of other owners",
+    "FSETID": "setgid bits survive chown",
+    "MKNOD": "device nodes and overlay whiteouts",
+    "SETFCAP": "file capabilities out of archives",
+    "SETUID": "children drop to unpack_uid",
+    "SETGID": "children drop to unpack_uid",
+    "SETPCAP": "children empty their own bounding set",
+    "KILL": "end a child that dropped to another uid",
+}
+STORAGE_CAPABILITIES = frozenset(STORAGE_NEEDS)
 
 #: Network stays root for what CNI plugins, children of it, need; tried with the reference plugins.
-NETWORK_CAPABILITIES = frozenset(
-    {
-        "NET_ADMIN",  # links, addresses, routes, netfilter, sysctls of a namespace
-        "NET_RAW",  # iptables-legacy talks through a raw socket; address announcements
-        "SYS_ADMIN",  # setns, pin namespaces with bind mounts
-        "DAC_OVERRIDE",  # the tuning plugin makes its directory 0600, which then only this can enter
-        "SETUID",  # mappings of a pod's user namespace
-        "SETGID",
-    }
-)
+NETWORK_NEEDS: Mapping[str, str] = {
+    "NET_ADMIN": "links, addresses, routes, netfilter, sysctls of a namespace",
+    "NET_RAW": "iptables-legacy talks through a raw socket; address announcements",
+    "SYS_ADMIN": "setns, pin namespaces with bind mounts",
+    "DAC_OVERRIDE": "the tuning plugin makes its directory 0600, which then only this can enter",
+    "SETUID": "mappings of a pod's user namespace",
+    "SETGID": "mappings of a pod's user namespace",
+}
+NETWORK_CAPABILITIES = frozenset(NETWORK_NEEDS)

@@ -180,32 +180,13 @@ def _requests(worker: WorkerState) -> str:
 
 
 def _sandbox_table(workers: list[WorkerState]) -> None:
-    headers = (
-        "NAME",
-        "UID",
-        "GID",
-        "NAMESPACES",
-        "CAPABILITIES",
-        "NO NEW PRIVS",
-        "LANDLOCK",
-        "SECCOMP",
-        "DEGRADED",
-    )
-    print_table(
-        headers,
-        (
-            (
-                worker.name,
-                str(report.uid),
-                str(report.gid),
-                ",".join(report.namespaces) or "host",
-                ",".join(cap.removeprefix("CAP_").lower() for cap in report.capabilities) or "none",
-                "yes" if report.no_new_privs else "no",
-                f"ABI {report.landlock}" if report.landlock else "off",
-                report.seccomp,
-                "; ".join(report.degraded) or "-",
-            )
-            for worker in workers
-            if (report := worker.sandbox) is not None
-        ),
-    )
+    """What holds in each worker, as it has reported it, in the words of docs/sandbox.md."""
+    from supervisor.sandbox.page import facts  # this command's alone
+    from supervisor.table import TABLE
+
+    rows = []
+    for worker in workers:
+        if worker.sandbox is not None:
+            rows += [(worker.name, *fact) for fact in facts(TABLE[worker.kind], worker.sandbox).items()]
+            rows.append((worker.name, "degraded", "; ".join(worker.sandbox.degraded) or "nothing"))
+    print_table(("NAME", "WHAT", "HOLDS"), rows)
