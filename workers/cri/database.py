@@ -9,8 +9,12 @@ be read) is no damage and ends the worker.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
+from collections.abc import Iterator
+
+from ipc.errors import Code, RemoteError, internal
 
 SCHEMA = 1
 TABLES = """
@@ -52,6 +56,25 @@ def damage(error: sqlite3.Error) -> Exception:
     # what Python itself finds (text that is not UTF-8) has no code
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     return Damaged(str(error)) if code & 0xFF in _DAMAGE else error
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """What the disk refuses meanwhile is an answer. Raises RemoteError; damage stays what it is."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if isinstance(damage(error), Damaged):
+            raise
+        full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+        raise _refusal(str(error), full=full) from error
+    except OSError as error:
+        raise _refusal(str(error), full=error.errno in {errno.ENOSPC, errno.EDQUOT}) from error
+
+
+def _refusal(why: str, *, full: bool) -> RemoteError:
+    text = f"cri cannot write its state: {why}"
+    return RemoteError(Code.RESOURCE_EXHAUSTED, text) if full else internal(text)
 
 
 def _check(db: sqlite3.Connection) -> None:

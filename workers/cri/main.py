@@ -149,9 +149,11 @@ class CriService(boot_aio.AioService):
 
     front: Front
     running: Callable[[], Mapping[str, int]]  # for the service's status line
+    flush: Callable[[], object]  # writes what the disk did not take when it was due
 
     async def _ping(self, call: aio.Call, body: control.Ping) -> control.Health:
         health = await super()._ping(call, body)
+        self.flush()
         health.requests = [*health.requests, *self.front.in_flight()]
         health.counters |= self.running()
         return health
@@ -216,6 +218,7 @@ class Worker:
         )
         control_.front = front
         control_.running = service.running
+        control_.flush = node.store.flush
         node.operations.on_bug = control_._bug
         return control_
 

@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from ipc import log
 from ipc.cri import api_pb2 as pb
-from ipc.errors import not_found
+from ipc.errors import RemoteError, not_found
 from ipc.messages import Body
 from ipc.messages.monitor import ExitRecord
 from ipc.messages.storage import PodFiles
@@ -194,6 +194,7 @@ class Store:
         #: Called after every change, with the state as it is from now on; `gone` if the subject was dropped.
         self.observers: list[Observer] = []
         self.kept = KeptFiles(f"{os.path.dirname(path)}/pods")
+        self._unsaved: dict[str, set[str]] = {}  # what the disk did not take -> intents that ended with it
         self._path = path
         self._db = database.connect(NOWHERE) if wait else self._open(path)
 
@@ -204,6 +205,7 @@ class Store:
 
     def let_go(self) -> None:
         """The file is another worker's from now on; what operations still write goes nowhere."""
+        self.flush()
         self.kept.let_go()
         self._db.close()
         self._db = database.connect(NOWHERE)
@@ -267,16 +269,23 @@ class Store:
 
     def add_pod(self, record: PodRecord, config: pb.PodSandboxConfig) -> Pod:
         """A pod begins to be: its row and its intent are written together, its name is taken."""
-        with self._transaction():
-            self._db.execute(
-                "INSERT INTO pods VALUES (?, ?, ?)",
-                (record.id, msgspec.msgpack.encode(record), config.SerializeToString()),
-            )
-            self.begin(record.id, "pod.run")
+        kept = self.keep_pod(Pod(record, config))
+        try:
+            with self._transaction():
+                row = (record.id, msgspec.msgpack.encode(record), kept.config)
+                self._db.execute("INSERT INTO pods VALUES (?, ?, ?)", row)
+                self.begin(record.id, "pod.run")
+                self.kept.write(record.id, kept)
+        except RemoteError:
+            self._unkeep(record.id)
+            raise
         pod = self._show_pod(record, config)
-        self.kept.write(pod.id, self.keep_pod(pod))
         self._changed(pod)
         return pod
+
+    def _unkeep(self, pod_id: str) -> None:
+        with suppress(OSError):
+            self.kept.remove(pod_id)
 
     def add_container(self, record: ContainerRecord, config: pb.ContainerConfig) -> Container:
         """A container begins to be: its row and its intent are written together, its name is taken."""
@@ -294,11 +303,7 @@ class Store:
             return
         if pod.phase is Phase.GONE:
             self._free_pod_name(pod)
-        with self._transaction():
-            record = msgspec.msgpack.encode(pod.record)
-            self._db.execute("UPDATE pods SET record = ? WHERE id = ?", (record, pod.id))
-            self._end(pod.id, done)
-        self.kept.write(pod.id, self.keep_pod(pod))
+        self._save(pod.id, done)
         self._changed(pod)
 
     def save_container(self, container: Container, *, done: str = "") -> None:
@@ -307,18 +312,47 @@ class Store:
             return
         if container.phase is Phase.GONE:
             self._free_container_name(container)
-        with self._transaction():
-            record = msgspec.msgpack.encode(container.record)
-            self._db.execute("UPDATE containers SET record = ? WHERE id = ?", (record, container.id))
-            self._end(container.id, done)
+        self._save(container.id, done)
         self._changed(container)
+
+    def flush(self) -> None:
+        """Write what the disk did not take when it was due. What it takes no better now stays due."""
+        for subject in list(self._unsaved):
+            self._save(subject, "")
+
+    def _save(self, subject: str, done: str) -> None:
+        """Write a record, or have it written later: what has come to pass has, whether the disk is full or
+        not, and the file is read by the next cri only."""
+        ended = self._unsaved.pop(subject, set()) | ({done} if done else set())
+        try:
+            with database.writing():
+                self._write_record(subject, ended)
+        except RemoteError as error:
+            log.get().error("a record is not written; tried again", id=subject, why=error.text)
+            self._unsaved[subject] = ended
+
+    def _write_record(self, subject: str, ended: set[str]) -> None:
+        pod, container = self.pods.get(subject), self.containers.get(subject)
+        with self._transaction():
+            if pod is not None:
+                row = (msgspec.msgpack.encode(pod.record), subject)
+                self._db.execute("UPDATE pods SET record = ? WHERE id = ?", row)
+            elif container is not None:
+                row = (msgspec.msgpack.encode(container.record), subject)
+                self._db.execute("UPDATE containers SET record = ? WHERE id = ?", row)
+            for kind in ended:
+                self._end(subject, kind)
+        if pod is not None:
+            self.kept.write(subject, self.keep_pod(pod))
 
     def drop_pod(self, pod: Pod) -> None:
         """Nothing is left of the pod: forget it and its intents. Absent is success."""
-        self.kept.remove(pod.id)  # first: what stands there without a row is taken for a lost pod
+        with database.writing():
+            self.kept.remove(pod.id)  # first: what stands there without a row is taken for a lost pod
         with self._transaction():
             self._db.execute("DELETE FROM pods WHERE id = ?", (pod.id,))
             self._db.execute("DELETE FROM intents WHERE subject = ?", (pod.id,))
+        self._unsaved.pop(pod.id, None)
         self._free_pod_name(pod)
         self._pod_ids.discard(pod.id)
         if self.pods.pop(pod.id, None) is not None:
@@ -330,6 +364,7 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM containers WHERE id = ?", (container.id,))
             self._db.execute("DELETE FROM intents WHERE subject = ?", (container.id,))
+        self._unsaved.pop(container.id, None)
         self._free_container_name(container)
         self._container_ids.discard(container.id)
         self._of_pod.get(container.record.pod_id, {}).pop(container.id, None)
@@ -339,9 +374,10 @@ class Store:
     def save_pod_update(self, pod: Pod, config: pb.PodSandboxConfig) -> None:
         """A pod's resources were told anew."""
         row = (config.SerializeToString(), pod.id)
-        self._db.execute("UPDATE pods SET config = ? WHERE id = ?", row)
-        pod.config = config
-        self.kept.write(pod.id, self.keep_pod(pod))
+        with self._transaction():
+            self._db.execute("UPDATE pods SET config = ? WHERE id = ?", row)
+            pod.config = config
+            self.kept.write(pod.id, self.keep_pod(pod))
         self._changed(pod)
 
     def keep_pod(self, pod: Pod) -> KeptPod:
@@ -390,14 +426,13 @@ class Store:
 
     def begin(self, subject: str, kind: str, detail: dict[str, str] | None = None) -> None:
         """Write an intent; begun again, the newer detail counts."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO intents VALUES (?, ?, ?, ?)",
-            (subject, kind, msgspec.json.encode(detail or {}).decode(), time.time_ns()),
-        )
+        row = (subject, kind, msgspec.json.encode(detail or {}).decode(), time.time_ns())
+        with database.writing():
+            self._db.execute("INSERT OR REPLACE INTO intents VALUES (?, ?, ?, ?)", row)
 
     def end(self, subject: str, kind: str) -> None:
         """Drop an intent."""
-        self._end(subject, kind)
+        self._save(subject, kind)
 
     def intents(self) -> list[Intent]:
         """Every intent that has not ended, oldest first."""
@@ -411,12 +446,14 @@ class Store:
 
     def save_spec(self, container_id: str, spec: bytes) -> None:
         """Keep the OCI spec a container was made with: exec and verbose status read it."""
-        self._db.execute("UPDATE containers SET spec = ? WHERE id = ?", (spec, container_id))
+        with database.writing():
+            self._db.execute("UPDATE containers SET spec = ? WHERE id = ?", (spec, container_id))
 
     def save_update(self, container: Container, config: pb.ContainerConfig, spec: bytes) -> None:
         """A container's limits were changed: what it was asked to be and its OCI spec, together."""
         row = (config.SerializeToString(), spec, container.id)
-        self._db.execute("UPDATE containers SET config = ?, spec = ? WHERE id = ?", row)
+        with database.writing():
+            self._db.execute("UPDATE containers SET config = ?, spec = ? WHERE id = ?", row)
         container.config = config
         self._changed(container)
 
@@ -516,13 +553,16 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """All or nothing. Raises RemoteError for what the disk refuses."""
+        with database.writing():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite may have rolled back by itself
+                    self._db.execute("ROLLBACK")
+                raise
 
 
 Rows = tuple[list[tuple[PodRecord, pb.PodSandboxConfig]], list[tuple[ContainerRecord, pb.ContainerConfig]]]

@@ -159,3 +159,37 @@ def test_a_removed_pod_is_not_written_again(tmp_path: Path) -> None:
     store.drop_pod(pod)
     store.save_pod(pod)
     assert not open_store(tmp_path).pods
+
+
+def fill(store: Store) -> None:
+    """The file may grow no more."""
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def test_a_full_disk_refuses_what_begins_and_nothing_is_left_of_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store)
+    with pytest.raises(RemoteError, match="cri cannot write its state") as caught:
+        add_pod(store, "p" * 20_000)
+    assert caught.value.code is Code.RESOURCE_EXHAUSTED
+    assert not store.pods
+    assert not store.intents()
+    assert not store.kept.ids()
+    assert not open_store(tmp_path).pods
+
+
+def test_what_has_come_to_pass_is_written_when_the_disk_takes_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    pod = add_pod(store)
+    fill(store)
+    pod.record.phase, pod.record.ips = Phase.READY, ["10.0.0.1"] * 2000
+    store.save_pod(pod, done="pod.run")
+    assert store.pods[pod.id].phase is Phase.READY
+    assert store.has_intent(pod.id, "pod.run")
+    store.flush()
+    assert open_store(tmp_path).pods[pod.id].phase is Phase.CREATING
+    store._db.execute("PRAGMA max_page_count = 4294967294")
+    store.flush()
+    assert open_store(tmp_path).pods[pod.id].record == pod.record
+    assert not open_store(tmp_path).intents()
