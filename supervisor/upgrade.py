@@ -62,7 +62,12 @@ class Start:
 
     argv: list[str] = field(default_factory=lambda: started_as(sys.argv, sys.orig_argv))
     directory: str = field(default_factory=here)
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    environment: Mapping[str, str] = field(default_factory=lambda: clean(os.environ))
+
+
+def clean(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment, without what the program before this one has left."""
+    return {name: value for name, value in environ.items() if name != heritage.VARIABLE}
 
 
 def started_as(argv: Sequence[str], original: Sequence[str]) -> list[str]:

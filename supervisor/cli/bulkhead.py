@@ -150,10 +150,12 @@ def _serve(options: argparse.Namespace) -> int:
     for name in ("config", "config_dir", "pid_file", "log_file"):
         setattr(options, name, _path(getattr(options, name)))
     config = _load(options)
-    from supervisor.heritage import VARIABLE
-
     if options.check:
         return _trial(options, config)
+    from supervisor.heritage import VARIABLE
+    from supervisor.upgrade import Start
+
+    options.start = Start()
     if options.daemon and VARIABLE not in os.environ:
         return _daemon(options, config)
     return _supervise(options, config)
@@ -172,17 +174,16 @@ def _supervise(options: argparse.Namespace, config: Config) -> int:
     from supervisor.notify import Notifier
     from supervisor.server import Supervisor
     from supervisor.title import set_title
-    from supervisor.upgrade import Start, inherited
+    from supervisor.upgrade import inherited
 
     heritage = inherited(os.environ)
-    start = Start()
     notifier = Notifier(os.environ)
     set_title("bulkhead: supervisor [priv]")
     if heritage is None:
         _standard_descriptors()
     try:
         Supervisor(
-            config, notifier, lambda: _load(options), options.table, start=start, heritage=heritage
+            config, notifier, lambda: _load(options), options.table, start=options.start, heritage=heritage
         ).run()
     except (InstanceRunning, OSError) as error:
         print(f"bulkhead: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 
 from ipc.blocking import Client
@@ -31,6 +32,7 @@ from tests.support.trees import TreeNode
 
 FIRST, SECOND = "1.37.0", "1.38.0"
 AGE = 1.0
+CODE_3 = "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
 COUNTER = "i=0; while true; do echo $i; i=$((i+1)); sleep 0.05; done"
 
 
@@ -130,7 +132,15 @@ def clients(kubelet: Kubelet, container: str) -> dict[str, Any]:
         runtime.StopContainer(pb.StopContainerRequest(container_id=made, timeout=0), timeout=60)
         runtime.RemoveContainer(pb.RemoveContainerRequest(container_id=made), timeout=60)
 
-    return {"lists": lists, "probes": probes, "long": long_ones, "creates": creates}
+    def events(runtime: Any, _turn: int) -> None:
+        try:
+            for _event in runtime.GetContainerEvents(pb.GetEventsRequest(), timeout=1.5):
+                pass  # an end in order, when the worker is exchanged, is no error
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, error.details()
+
+    return {"lists": lists, "probes": probes, "long": long_ones, "creates": creates, "events": events}
 
 
 def test_nobody_notices_two_upgrades_under_load(node: TreeNode, kubelet: Kubelet) -> None:
@@ -138,10 +148,17 @@ def test_nobody_notices_two_upgrades_under_load(node: TreeNode, kubelet: Kubelet
     pid, supervisor = pid_of(kubelet, container), node.pids("supervisor")
     web = session(kubelet, container)
     echo(web, b"before\n")
+    stubborn = kubelet.running("", *SHELL, "trap '' TERM; sleep 1000")
+    later = ""
     load = Load(node._new_channel)
     files = open_files(supervisor[0])
     with load.running(**clients(kubelet, container)):
         for version in (SECOND, FIRST):
+            # that takes longer than the old cri waits
+            stop = pb.StopContainerRequest(container_id=stubborn, timeout=6)
+            stopping = node.runtime.StopContainer.future(
+                stop, timeout=20
+            )  # that takes longer than a hand-over
             done = node.upgrade(version)
             assert done.returncode == 0, done.stderr + node.log_tail()
             assert f"is {version} now" in done.stdout
@@ -149,6 +166,16 @@ def test_nobody_notices_two_upgrades_under_load(node: TreeNode, kubelet: Kubelet
             assert set(releases(node).values()) == {version}
             assert node.pids("supervisor") == supervisor
             assert kubelet.execute(container, "echo", "hi") == "hi\n"
+            later = later or kubelet.running(
+                "", *SHELL, "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
+            )
+            stopping.result()
+    # the monitor of the later release, under the earlier one
+    assert kubelet.execute(later, "echo", "hi") == "hi\n"
+    kubelet.wait_for_log(later, "up")
+    node.runtime.StopContainer(pb.StopContainerRequest(container_id=later, timeout=10), timeout=20)
+    assert kubelet.status(later).exit_code == 3
+    assert kubelet.status(stubborn).exit_code == 137
     assert load.errors == []
     assert all(load.counts[name] > 1 for name in ("lists", "probes", "long", "creates"))
     assert pid_of(kubelet, container) == pid
