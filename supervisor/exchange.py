@@ -16,6 +16,7 @@ from supervisor.worker import DRAIN_LIMIT, Events, Ground, Origin, Phase, Worker
 
 STOP_GRACE = 10.0  # seconds for what an old worker has begun that must end before the new one begins
 HANDOVER_TIMEOUT = 20.0  # seconds for the old cri to let go of its state
+TIMEOUT = 60.0  # seconds for all of it
 LOOK_AGAIN = 0.05
 PING_TIMEOUT = 10.0
 
@@ -48,6 +49,7 @@ class Exchange:
         events = Events(self._said_hello, self._new_ended, self._new_bound, self._new_health, lambda _w: None)
         self.new = Worker.start(ground, origin, events, standby=self._how is not How.OVERLAP)
         ground.log.info("worker started to replace another", kind=self.new.kind, pid_of=self.new.pid)
+        ground.loop.call_later(TIMEOUT, lambda: self.abandon(f"it was not ready within {TIMEOUT:g} s"))
 
     # -- the new one ----------------------------------------------------------------------------------
 

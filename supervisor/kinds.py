@@ -417,7 +417,14 @@ class Kind:
                 self._ground.loop.call_soon(callback)
 
     def close(self) -> None:
-        """Close the sockets and remove their paths, when everything has ended."""
+        """Close the sockets and remove their paths, when everything has ended but who drains.
+
+        Of these, sessions go on (`drains` in the table); a worker that an upgrade has replaced ends now.
+        """
+        for pid in () if self.entry.drains else self.draining:
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         self._sockets.close()
 
     # -- telling --------------------------------------------------------------------------------------

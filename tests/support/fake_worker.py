@@ -106,7 +106,10 @@ async def _run_aio(context: boot.Context[Any]) -> None:
 
 
 async def _run_cri(context: boot.Context[Any]) -> None:
-    service = boot_aio.AioService(context, {})
+    async def hand_over(_path: str) -> None:
+        service.stop()
+
+    service = boot_aio.AioService(context, {}, on_hand_over=hand_over)
     await service.start()
     path = f"{context.settings.bind_directory}/{os.getpid()}.sock"
     with socket.socket(socket.AF_UNIX) as sock:
@@ -116,4 +119,6 @@ async def _run_cri(context: boot.Context[Any]) -> None:
             await service.tell(control.SocketBound(path=path))
         except RemoteError as error:
             context.log.error("refused", why=error)
+        if context.standby:
+            await service.turn()
         await service.wait()

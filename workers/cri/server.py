@@ -38,6 +38,7 @@ ENDLESS = {"GetContainerEvents"}
 #: RPCs that are not begun again at a successor: they need no state any more, and must not happen twice.
 FINISHED_HERE = {"ExecSync"}
 AGE_JITTER = 1.1  # gRPC takes up to a tenth more or less than the age that it is told
+LINGER = 1.0  # seconds between the last answer and the end
 SETTLE = 2.0  # seconds for what is going on when a successor takes over
 
 
@@ -203,6 +204,8 @@ class Front:
         self._end_streams()
         while self._streams:
             await asyncio.sleep(0.01)
+        # What was answered last must be read by then: an end with unread data resets the connection.
+        await asyncio.sleep(LINGER)
 
     def in_flight(self) -> list[InFlight]:
         """What is being served."""

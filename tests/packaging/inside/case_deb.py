@@ -244,6 +244,10 @@ def case_the_init_script_serves_a_host_without_systemd(node: InstalledNode) -> N
     pid = node.pid(container_id)
     assert "is running" in run(script, "status")
     run(script, "reload")
+    before = run(script, "status")
+    run(script, "upgrade")
+    assert run(script, "status") == before
+    assert node.pid(container_id) == pid
     run(script, "restart")
     node.wait_answering()
     assert node.pid(container_id) == pid
