@@ -15,7 +15,7 @@ import pytest
 
 from ipc.cri import api_pb2 as pb
 from tests.support import machine
-from tests.support.daemon import Node
+from tests.support.daemon import Node, wait_for
 from tests.support.images import Served, served
 from tests.support.kubelet import SHELL, Kubelet, refusal
 from tests.support.registry import busybox_image, make_image, make_layer, push
@@ -163,7 +163,8 @@ def test_image_volumes_go_with_a_container_whose_workers_died(kubelet: Kubelet) 
     kubelet.node.kill_worker("storage")
     kubelet.node.wait_ready()
     kubelet.remove(container_id)
-    assert not any("/volumes/" in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    mounts = Path("/proc/self/mountinfo")
+    wait_for(lambda: "/volumes/" not in mounts.read_text(), "nothing of it is mounted")
 
 
 # -- VOLUMEs of the image ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ipc.messages.storage import ContainerRootfs, ImageRecord
 from workers.cri.images import Images
 from workers.cri.names import new_id, sandbox_id
 from workers.cri.node import Node
-from workers.cri.operations import uncancelled
+from workers.cri.operations import CLEAN, uncancelled
 from workers.cri.peers import SHORT, settle_all, together, within
 from workers.cri.spec import Built, SpecInputs, build, userns, validate
 from workers.cri.spec import pod as podspec
@@ -234,7 +234,7 @@ class Containers:
         self._store.save_container(container, done="container.create")
         await self._node.plugins.undo(container)
         try:
-            await self._clean(container)
+            await self._cleaned(container)
         except RemoteError as error:
             text = error.text
             log.get().error("undoing a container failed", container=container.id, code=error.code, text=text)
@@ -245,7 +245,7 @@ class Containers:
         delay, longest = REAP_BACKOFF
         while True:
             try:
-                return await self._clean(container)
+                return await self._cleaned(container)
             except RemoteError as error:
                 text = error.text
                 log.get().warning(
@@ -367,36 +367,51 @@ class Containers:
     # -- remove ---------------------------------------------------------------------------------------
 
     async def remove(self, text: str) -> None:
-        """Remove a container, killing it if need be. Unknown is success."""
+        """Remove a container, killing it if need be. Unknown is success.
+
+        It has ended and nobody sees it any more when this returns; its mount and its files go meanwhile.
+        """
         container = self._store.find_container(text)
         if container is not None:
-            await self.remove_whole(container.id)
+            await self._remove_any(container)
 
     async def remove_whole(self, container_id: str) -> None:
-        """As `remove`, by the whole id; sandbox containers too."""
+        """As `remove`, by the whole id, sandbox containers too; nothing is left when this returns."""
         container = self._store.containers.get(container_id)
-        if container is not None and container.phase is Phase.CREATING:
+        if container is not None:
+            await self._remove_any(container)
+            await self._cleaned(container)
+
+    async def _remove_any(self, container: Container) -> None:
+        if container.phase is Phase.CREATING:
             key = ("container.create", *container.name)
             await self._node.operations.end(lambda running: running == key)
-        if container is not None and container.id in self._store.containers:
-            await self._remove_joined(container)
+        await self._remove_joined(container)
 
     async def _remove_joined(self, container: Container) -> None:
         key = ("container.remove", container.id)
         await self._node.operations.run(key, lambda: self._remove(container))
 
     async def _remove(self, container: Container) -> None:
-        if container.id not in self._store.containers:
+        if container.id not in self._store.containers or container.phase is Phase.GONE:
             return
         self._store.begin(container.id, "container.remove")
         await self._stop(container, 0)
         await self._node.plugins.remove(container)
-        await self._clean(container)
+        container.record.phase = Phase.GONE
+        self._store.save_container(container, done="container.remove")
         log.get().info("container removed", container=container.id, pod=container.record.pod_id)
+        self._node.operations.background(f"reap container {container.id}", self.reap(container))
+
+    async def _cleaned(self, container: Container) -> None:
+        """Nothing is left of a container when this returns; done once, whoever asks for it."""
+        await self._node.operations.run((CLEAN, container.id), lambda: self._clean(container))
 
     async def _clean(self, container: Container) -> None:
         """Take everything back that a container may have, in whatever state it is."""
-        if container.phase is Phase.EXITED:  # nothing uses its root file system: no need to wait for either
+        if container.id not in self._store.containers:
+            return
+        if container.record.exit is not None:  # nothing uses its root file system: no need to wait for either
             await settle_all(self._remove_monitor(container), self._remove_rootfs(container))
         else:
             await self._remove_monitor(container)

@@ -38,7 +38,7 @@ class Counts:
         self._ask_again()
         store = self._node.store
         found: dict[tuple[str, str, str], ContainerCount] = {}
-        for container in store.containers.values():
+        for container in (one for one in store.containers.values() if one.phase is not Phase.GONE):
             ooms, dropped = self._stats.look_for_oom(container), self._dropped.get(container.id, 0)
             unsure = self._unsure.get(container.id, 0)
             pod = store.pods.get(container.record.pod_id)

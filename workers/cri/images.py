@@ -21,6 +21,7 @@ from ipc.messages.storage import FsInfo, ImageRecord
 from ipc.reference import has_domain, image_id, parse
 from ipc.settings import CriSettings
 from workers.cri.node import Node
+from workers.cri.operations import CLEAN
 from workers.cri.peers import SHORT
 from workers.cri.spec import image as image_config
 
@@ -87,6 +88,7 @@ class Images:
         found = await self.find(spec, timeout)
         if found is None:
             return
+        await self._node.operations.over(CLEAN, timeout)  # containers that are removed no longer use it
         request = storage.ImageRemove(reference=removal(text, found))
         await self._node.peers.storage.call(request, timeout=timeout)
 

@@ -16,6 +16,8 @@ from ipc import log
 from ipc.errors import RemoteError, precondition, unavailable
 
 T = TypeVar("T")
+#: The kind of the operations that take back what containers have.
+CLEAN = "container.clean"
 Key = tuple[Hashable, ...]
 
 
@@ -86,6 +88,12 @@ class Operations:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    async def over(self, kind: Hashable, timeout: float) -> None:
+        """Wait until the operations of a kind (the first word of their keys) that run now have ended."""
+        tasks = [task for key, task in self._running.items() if key[0] == kind]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
 
     def background(self, name: str, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that nobody waits for; it is cancelled when the worker stops."""

@@ -313,7 +313,7 @@ class Store:
         if container.phase is Phase.GONE:
             self._free_container_name(container)
         self._save(container.id, done)
-        self._changed(container)
+        self._changed(container, gone=container.phase is Phase.GONE)
 
     def flush(self) -> None:
         """Write what the disk did not take when it was due. What it takes no better now stays due."""

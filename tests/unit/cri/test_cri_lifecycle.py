@@ -61,7 +61,7 @@ def test_a_pod_and_a_container_live_and_leave_nothing() -> None:
         status = (await worker.status_of(container_id)).status
         assert (status.state, status.reason) == (pb.ContainerState.CONTAINER_EXITED, "Completed")
         await worker.remove_container(container_id)
-        assert world.left().keys() == {"networks", "pod files"}
+        await eventually(lambda: world.left().keys() == {"networks", "pod files"})
         await worker.stop_pod(pod_id)
         await worker.remove_pod(pod_id)
         assert world.left() == {}
@@ -208,6 +208,41 @@ def test_an_ended_twin_makes_room() -> None:
         await worker.stop_pod(pod_id)
         again = await worker.run_pod("pod-of-c")
         assert again != pod_id
+
+    play(scenario)
+
+
+def test_a_removal_is_answered_before_storage_is_done_and_who_needs_that_waits() -> None:
+    async def scenario(world: World, worker: Worker) -> None:
+        pod_id, container_id = await worker.running()
+        await worker.stop_container(container_id)
+        world.fail(storage.ContainerRemove, unavailable("not yet"))
+        await worker.remove_container(container_id)
+        assert await code_of(worker.status_of(container_id)) is grpc.StatusCode.NOT_FOUND
+        again = await worker.create(pod_id)  # its name is free
+        await worker.remove_container(container_id)
+        assert "rootfs" in world.left()
+        await worker.remove_container(again)
+        await worker.images.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image="busybox")))
+        await worker.stop_pod(pod_id)
+        await worker.remove_pod(pod_id)
+        assert world.left() == {}
+
+    play(scenario)
+
+
+def test_what_is_left_of_a_removed_container_is_the_next_workers_to_remove() -> None:
+    async def scenario(world: World, worker: Worker) -> None:
+        _, container_id = await worker.running()
+        await worker.stop_container(container_id)
+        world.fail(storage.ContainerRemove, unavailable("not yet"), unavailable("not yet"))
+        await worker.remove_container(container_id)
+        await worker.crash()
+        successor = Worker(world)
+        await successor.start()
+        await eventually(lambda: "rootfs" not in world.left())
+        assert container_id not in successor.node.store.containers
+        await successor.close()
 
     play(scenario)
 
