@@ -195,6 +195,9 @@ def _nurse(
             pid = bare_fork()
             if not pid:
                 os.close(there_fd)
+                if data:  # what came with the request is passed on
+                    for (fd,) in struct.iter_unpack("i", ancillary[0][2]):
+                        os.close(fd)
                 _be_born(here, sock_fd, lives, log)
             os.waitpid(pid, 0)
             waiting = True
