@@ -14,6 +14,7 @@ import re
 
 from ipc.errors import invalid
 
+_HOLDER_BYTES = 32
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -51,9 +52,8 @@ def is_held(directory: str) -> bool:
 
 
 def write_holder(lock_fd: int, pid: int) -> None:
-    """Write down who holds the lock."""
-    os.ftruncate(lock_fd, 0)
-    os.pwrite(lock_fd, f"{pid} {start_time(pid)}\n".encode(), 0)
+    """Write down who holds the lock: over the one before, of the same length, so that it is never empty."""
+    os.pwrite(lock_fd, f"{pid} {start_time(pid)}".ljust(_HOLDER_BYTES - 1).encode() + b"\n", 0)
 
 
 def holder(directory: str) -> int:

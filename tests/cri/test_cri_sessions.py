@@ -345,3 +345,30 @@ def test_sessions_of_both_kinds_survive_the_others(kubelet: Kubelet) -> None:
     assert exit_of(client.text("error")) == 5
     listener.sock.close()
     wait_for(lambda: not draining(node), "the worker ends with its last session")
+
+
+def test_sessions_end_with_a_word_when_their_monitor_dies_and_new_ones_begin_at_once(
+    kubelet: Kubelet,
+) -> None:
+    container = kubelet.running("", *SHELL, "while sleep 0.1; do echo tick; done")
+    client = Spdy.connect(*dial(exec_url(kubelet, container, "echo ready; cat")))
+    client.open(*names(tty=False))
+    heard(client, b"ready")
+    listener = attached(kubelet, container)
+    heard(listener, b"tick")
+    lock = kubelet.node.run_root / "monitors" / container / "lock"
+    before = lock.read_text()
+    os.kill(int(before.split()[0]), signal.SIGKILL)
+    for one in (client, listener):
+        with contextlib.suppress(EOFError):
+            one.to_end()
+        told = json.loads(one.text("error"))
+        assert told["status"] == "Failure", told
+    wait_for(lambda: lock.read_text() != before, "a successor")
+    again = attached(kubelet, container)
+    heard(again, b"tick")
+    again.sock.close()
+    after = Spdy.connect(*dial(exec_url(kubelet, container, "exit 5")))
+    after.open(*names(tty=False))
+    after.to_end()
+    assert exit_of(after.text("error")) == 5
