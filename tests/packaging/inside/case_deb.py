@@ -204,7 +204,7 @@ class Reader:
             for word in command.words
         ]
         words = [word.replace("=CONTAINER", f"={self.known.get('CONTAINER', '')}") for word in words]
-        endless = "--watch" in words or ("-f" in words and "logs" in words)
+        endless = "--watch" in words or ("-f" in words and "logs" in words) or "events" in words
         done = subprocess.run(
             ["timeout", "2", *words] if endless else words,
             cwd=self.directory,
@@ -228,10 +228,17 @@ def case_every_command_of_the_documents_runs(node: InstalledNode, tmp_path: Path
     found = [one for one in commands("bulkhead", "bulkheadctl", "systemctl", "journalctl") if one.block]
     assert len(found) > 40
     last = [one for one in found if "rmp" in one.words]
-    for command in [*(one for one in found if one not in last and "serve" not in one.words), *last]:
+    wipes = [one for one in found if "wipe" in one.words]  # for a service that is stopped
+    for command in [one for one in found if one not in last + wipes and "serve" not in one.words] + last:
         reader.types(command)
         time.sleep(1.1 if "bundle" in command.words else 0)  # its default name has the second in it
         node.wait_answering()
+    run("systemctl", "stop", "bulkhead")
+    for command in wipes:
+        reader.types(command)
+    run("systemctl", "start", "bulkhead")
+    node.wait_answering()
+    node.pull()
 
 
 def case_the_init_script_serves_a_host_without_systemd(node: InstalledNode) -> None:
@@ -260,14 +267,39 @@ def case_the_init_script_serves_a_host_without_systemd(node: InstalledNode) -> N
 
 
 def case_a_forced_purge_leaves_nothing(node: InstalledNode) -> None:
+    """Wherever state is, by file or by flag; what lies beside it is not the package's."""
+    run("bulkheadctl", "rmp", "--all", "--force")
+    run("systemctl", "stop", "bulkhead")
+    beside = Path("/var/lib/elsewhere/beside")
+    beside.parent.mkdir()
+    beside.touch()
+    moved = Path("/etc/bulkhead/bulkhead.toml.d/20-root.toml")
+    moved.write_text('root = "/var/lib/elsewhere"\n')
+    with Path("/etc/default/bulkhead").open("a") as file:
+        file.write('BULKHEAD_OPTIONS="--run-root /run/elsewhere --listen /run/bulkhead/bulkhead.sock"\n')
+    run("systemctl", "start", "bulkhead")
+    node.wait_answering()
+    node.pull()
     node.running("", ["sleep", "1000"])
+    assert Path("/var/lib/elsewhere/layers").exists()
+    assert len(list(Path("/run/elsewhere/monitors").iterdir())) == 1
+    assert "1 containers run" in attempt("dpkg", "--purge", "bulkhead").stderr
     done = attempt("dpkg", "--purge", "bulkhead", BULKHEAD_PURGE="force")
     assert done.returncode == 0, done.stderr
-    for path in ("/run/bulkhead", "/var/lib/bulkhead", "/usr/lib/bulkhead", "/etc/default/bulkhead"):
-        assert not Path(path).exists(), path
+    gone = (
+        "/run/bulkhead",
+        "/var/lib/bulkhead",
+        "/usr/lib/bulkhead",
+        "/etc/default/bulkhead",
+        "/run/elsewhere",
+    )
+    assert [path for path in gone if Path(path).exists()] == []
+    assert list(beside.parent.iterdir()) == [beside]
     # what an administrator has put there is not the package's
     left = [path for path in Path("/etc/bulkhead").rglob("*") if path.is_file()]
-    assert left == [Path("/etc/bulkhead/bulkhead.toml.d/10-test.toml")]
+    assert sorted(path.name for path in left) == ["10-test.toml", "20-root.toml"]
+    moved.unlink()
+    run("systemctl", "stop", "bulkhead-*.slice")  # of this instance's pods; that of the usual one stays, too
     assert node.settled_leftovers() == []
     assert attempt("dpkg", "--status", "bulkhead").returncode != 0
     assert "bulkhead" not in run("systemctl", "list-unit-files", "--no-pager")
