@@ -28,7 +28,7 @@ class ConfiguredNode(Node):
 
     def _config_text(self) -> str:
         cni = f'[cni]\nconf_dir = "{self.conf_dir}"\nbin_dirs = ["{PLUGINS}"]\n'
-        return cni + super()._config_text()
+        return cni + "[timeouts]\nping = 0.2\n" + super()._config_text()
 
 
 @pytest.fixture
@@ -142,6 +142,31 @@ def quiet(kubelet: Kubelet) -> bool:
     kubelet.remove(kubelet.running())
     kubelet.node.remove_everything()
     return "level=info" not in log(kubelet.node)[before:]
+
+
+def test_what_is_slow_is_named_with_its_stage_in_the_form_that_was_asked_for(kubelet: Kubelet) -> None:
+    node = kubelet.node
+    kubelet.pull("busybox")
+    plugin = node.root / "bin" / "crawling"
+    plugin.parent.mkdir()
+    plugin.write_text(f'#!/bin/sh\n[ "$CNI_COMMAND" != ADD ] || sleep 1.5\nexec {PLUGINS}/bridge\n')
+    plugin.chmod(0o755)
+    (node.root / "slow.d").mkdir()
+    conflist = (
+        (node.conf_dir / "10-test.conflist").read_text().replace('"type": "bridge"', '"type": "crawling"')
+    )
+    (node.root / "slow.d" / "10-slow.conflist").write_text(conflist)
+    text = 'log_format = "json"\nlog_filter = "slow request|configuration"\n[timeouts]\nslow = 0.3\n'
+    text += f'[cni]\nconf_dir = "{node.root}/slow.d"\nbin_dirs = ["{plugin.parent}", "{PLUGINS}"]\n'
+    reload(node, text, "configuration reloaded")
+    before = len(log(node))
+    kubelet.run_pod(kubelet.sandbox())
+    lines = [json.loads(line) for line in log(node)[before:].splitlines()]
+    assert {line["msg"] for line in lines} == {"slow request"}
+    stages = {(line["kind"], line["type"]): line["stage"] for line in lines}
+    assert stages["cri", "RunPodSandbox"] == "network.pod.setup"
+    assert stages["network", "network.pod.setup"].startswith("namespaces and CNI ADD of ")
+    node.remove_everything()  # while there still is the plugin that has to undo its work
 
 
 def test_networks_and_registries_are_read_from_other_places(kubelet: Kubelet) -> None:
