@@ -6,7 +6,6 @@ checked and completed with the keys that they name; and which entry of such a fi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -208,6 +207,7 @@ def read_json(data: bytes) -> Any:
 
     Raises ValueError; for bad syntax with line and column.
     """
+    import json  # here, for most hosts have no policy and all processes load this module
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

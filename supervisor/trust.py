@@ -8,13 +8,11 @@ place.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -291,8 +289,8 @@ def _key_file(place: str, name: str, path: str) -> bytes:
 
 def _base64(place: str, text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # binascii.Error is one
         raise ConfigError(f"{place} is not base64") from None
 
 
@@ -364,6 +362,8 @@ def _places(directory: str) -> tuple[Place, dict[str, Place]]:
 
 
 def _place(where: str, section: _Section) -> Place:
+    from urllib.parse import urlsplit  # only where somebody looks for signatures
+
     url = (section.lookaside or section.sigstore).rstrip("/")
     parts = urlsplit(url)
     local = parts.scheme == "file" and not parts.netloc and parts.path.startswith("/")

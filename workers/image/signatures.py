@@ -9,13 +9,12 @@ everywhere.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 
 import msgspec
 
 from ipc.errors import Code, RemoteError
-from ipc.reference import Reference
+from ipc.reference import Reference, check_digest
 from ipc.trust import FILE, Trust
 from workers.image.client import OK, Client, retrying
 from workers.image.failures import Failure, refused
@@ -86,6 +85,7 @@ class Places:
         for layer in layers:
             text = (layer.annotations or {}).get(ANNOTATION, "")
             if layer.media_type == PAYLOAD and text:
+                check_digest(layer.digest)
                 payload = self._client.small_blob(layer, MAX_SIGNATURE, "the signature's payload", RETRIES)
                 yield Attached(payload, _decoded(text))
 
@@ -127,7 +127,7 @@ def _decoded(text: str) -> bytes:
     """What is not base64 is no signature of anything: the verification says so."""
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except ValueError:  # not of ASCII, or binascii.Error
         return b""
 
 

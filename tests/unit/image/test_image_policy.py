@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 
@@ -11,7 +12,12 @@ from ipc import trust
 from ipc.errors import Code, RemoteError
 from ipc.reference import parse
 from ipc.trust import Accept, Identity, OpenPgp, Reject, Requirement, Sigstore, Unsupported
+from workers.image.client import Client
+from workers.image.manifests import Document, Kind
 from workers.image.policy import COSIGN, SIMPLE, Attached, Subject, enforce, matches
+from workers.image.registries import Endpoint
+from workers.image.signatures import ANNOTATION, PAYLOAD, Places
+from workers.image.transport import Transport
 from workers.image.verifier import Answered, Asked, OpenPgpAsked, judged
 
 DIGEST = f"sha256:{'1' * 64}"
@@ -158,3 +164,37 @@ def test_what_gpgv_says_must_be_exactly_what_it_says_of_one_good_signature(lines
     status = "".join(f"[GNUPG:] {line}\n" for line in lines.split("|") if line).encode()
     assert (not judged(0, status)) if not said else said in judged(0, status)
     assert "status 2" in judged(2, b"[GNUPG:] GOODSIG x\n")
+
+
+class Hostile:
+    """A registry whose manifest of signatures says what it likes."""
+
+    endpoint = Endpoint("a.test", "x/y")
+
+    def __init__(self, **layer: object) -> None:
+        head = {"digest": DIGEST, "size": 2, "mediaType": PAYLOAD, "annotations": {ANNOTATION: "c2ln"}}
+        self._data = json.dumps({"layers": [head | layer]}).encode()
+
+    def manifest(self, tag: str, _retries: int) -> Document:
+        assert tag == f"{DIGEST.replace(':', '-')}.sig"
+        return Document(self._data, DIGEST, Kind.MANIFEST, "")
+
+    def small_blob(self, *_words: object) -> bytes:
+        return b"{}"
+
+
+def attached(**layer: object) -> list[Attached]:
+    here = trust.Trust(default_place=trust.Place(attachments=True))
+    client, transport = cast(Client, Hostile(**layer)), cast(Transport, None)
+    return list(Places(here, client, transport, parse(NAME)).attached(DIGEST))
+
+
+def test_what_a_registry_says_of_signatures_is_believed_in_no_respect() -> None:
+    assert attached() == [Attached(b"{}", b"sig")]
+    assert attached(annotations={ANNOTATION: "\u00fc"}) == [Attached(b"{}", b"")]
+    assert attached(annotations={ANNOTATION: "c2l"}) == [Attached(b"{}", b"")]
+    assert attached(annotations=None) == attached(mediaType="text/plain") == []
+    wrong: list[dict[str, object]] = [{"digest": "md5:00"}, {"digest": "sha256:../x"}, {"annotations": []}]
+    for one in wrong:
+        with pytest.raises(RemoteError):
+            attached(**one)
