@@ -15,6 +15,8 @@ import re
 from ipc.errors import invalid
 
 _HOLDER_BYTES = 32
+_STAT_LIMIT = 4096  # bytes, of which less than 500 come
+
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -69,10 +71,16 @@ def holder(directory: str) -> int:
 
 
 def start_time(pid: int) -> int:
-    """Return when a process began, in clock ticks since boot (field 22 of proc(5) stat), 0 if it is gone."""
+    """Return when a process began, in clock ticks since boot (field 22 of proc(5) stat), 0 if it is gone.
+
+    Every monitor asks it of itself: a file object would be pages of its own for life.
+    """
     try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(") ")[2].split()[19])
+        stat_fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return int(os.read(stat_fd, _STAT_LIMIT).rpartition(b") ")[2].split()[19])
+        finally:
+            os.close(stat_fd)
     except (FileNotFoundError, ProcessLookupError):
         return 0
 

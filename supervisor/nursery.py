@@ -46,6 +46,20 @@ def _nothing(_pid: int, _fds: Sequence[int]) -> None:
     """No birth needs a word."""
 
 
+def readable(fd: int, seconds: float) -> bool:
+    """Wait until a descriptor can be read; False if it cannot after so long.
+
+    By poll(2): select(2) knows no descriptor above 1023, and the supervisor has one for each monitor.
+    """
+    return bool(_poll_of(fd).poll(int(seconds * 1000)))
+
+
+def _poll_of(fd: int) -> select.poll:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return poll
+
+
 class Nursery:
     """The supervisor's side. `pid`: of the process, 0 while there is none."""
 
@@ -104,11 +118,11 @@ class Nursery:
     def _answer(self, fd: int) -> bytes:
         """Return the child's answer, b"" if there is none to come."""
         patience = ANSWER_TIMEOUT if self._ready else FIRST_TIMEOUT
-        if not select.select([fd], [], [], patience)[0]:
+        if not readable(fd, patience):
             self._ground.log.warning("nursery hangs and is killed", pid_of=self.pid, seconds=patience)
             os.kill(self.pid, signal.SIGKILL)
             # It passes nothing on any more. A child that it has passed this on to answers now, or dies.
-            if not select.select([fd], [], [], LAST_WORD)[0]:
+            if not readable(fd, LAST_WORD):
                 self.close()
                 raise TimeoutError("the nursery does not answer")
         self._ready = True
@@ -183,11 +197,12 @@ def _nurse(
         prepare()
     sock.setblocking(True)
     there, here = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    receive, sock_fd, there_fd, wait = sock.recvmsg, sock.fileno(), there.fileno(), select.select
+    receive, sock_fd, there_fd = sock.recvmsg, sock.fileno(), there.fileno()
+    poll, rest_ms = _poll_of(sock_fd).poll, int(REST * 1000)
     waiting = False
     while True:
         data = b""
-        if waiting or wait([sock], [], [], REST)[0]:
+        if waiting or poll(rest_ms):
             data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
             if not data:
                 return
@@ -239,5 +254,5 @@ def _await_end(pid: int) -> None:
     """Wait for the end of a child that nobody can ask any more."""
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(pid)
-        select.select([pidfd], [], [], LAST_WORD)
+        readable(pidfd, LAST_WORD)
         os.close(pidfd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from ipc.errors import RemoteError
+from ipc.fds import close_all
 from ipc.log import Log
 from ipc.loop import Loop
-from supervisor import directories, files, held, hostinfo, notify, sockets
+from supervisor import directories, files, held, hostinfo, notify, nursery, sockets
 from supervisor.config import Config, RuntimeConfig
 from supervisor.logsink import BURST, STDERR_LINE, Lines, LogSink
 from supervisor.logwriter import LogWriter
@@ -335,3 +337,15 @@ def test_the_tally_keeps_the_last_deaths_in_order(tmp_path: Path) -> None:
 def test_deaths_are_described_for_people() -> None:
     assert describe(3, 0).startswith("status 3 at ")
     assert describe(-64, 0).startswith("signal 64")
+
+
+def test_the_nurserys_answers_are_heard_where_select_knows_no_descriptor() -> None:
+    """With a thousand monitors every new descriptor is one."""
+    read_fd, write_fd = os.pipe()
+    high_fd = fcntl.fcntl(read_fd, fcntl.F_DUPFD_CLOEXEC, 1100)
+    try:
+        assert not nursery.readable(high_fd, 0.0)
+        os.write(write_fd, b"1")
+        assert nursery.readable(high_fd, 1.0)
+    finally:
+        close_all([read_fd, write_fd, high_fd])
