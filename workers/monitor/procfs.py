@@ -157,17 +157,20 @@ def kill_family(
 ) -> None:
     """SIGKILL `root`, its descendants, its session, and who holds one of its pipes, among the candidates.
 
-    They are stopped first and killed when no new one is found, so that none slips away by forking.
+    They are stopped first and killed when no new one is found, so that none slips away by forking. Who waits
+    for a CPU in the middle of a fork stops only after it, but who has been killed forks no more: so they are
+    looked for once more then.
     `session` 0: do not go by the session. `root` must be an unreaped child of the caller.
     """
     members: set[int] = set()
-    for _ in range(SCANS):
-        found = _family(root, session, candidates(), pipes, members) - members
-        if not found:
-            break
-        members |= found
-        _signal_all(found, signal.SIGSTOP)
-    _signal_all(members, signal.SIGKILL)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        _signal_all(members, number)
+        for _ in range(SCANS):
+            found = _family(root, session, candidates(), pipes, members) - members
+            if not found:
+                break
+            members |= found
+            _signal_all(found, number)
 
 
 def _family(

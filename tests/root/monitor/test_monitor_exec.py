@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +15,15 @@ import pytest
 
 from ipc.errors import Code, RemoteError
 from ipc.messages import monitor as messages
-from tests.support.monitor_process import RUNTIMES, MonitorProcess, busybox_root, monitor, until
+from tests.support.monitor_process import (
+    RUNTIMES,
+    MonitorProcess,
+    busybox_root,
+    children_of,
+    monitor,
+    until,
+)
+from workers.monitor import procfs
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +52,7 @@ def commands(mon: MonitorProcess) -> list[str]:
     for pid in pids:
         try:
             found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or read
             continue
     return sorted(found)
 
@@ -130,6 +142,26 @@ def test_an_abandoned_exec_is_killed(mon: MonitorProcess) -> None:
     client.close()
     until(lambda: commands(mon) == ["sleep 1000"])
     until(lambda: mon.state().execs == 0)
+
+
+def test_who_is_forked_while_the_family_is_being_stopped_is_killed_too() -> None:
+    root = subprocess.Popen(["sh", "-c", "sleep 514 & sleep 515"], start_new_session=True)
+    until(lambda: len(children_of(root.pid)) == 2)
+    children = children_of(root.pid)
+    seen: list[int] = []
+
+    def candidates() -> list[int]:
+        """Who is forked last shows when all others are known and stopped."""
+        seen.append(0)
+        return [root.pid, children[0], *(children[1:] if len(seen) > 2 else [])]
+
+    try:
+        procfs.kill_family(root.pid, root.pid, candidates, [])
+        until(lambda: not any(Path(f"/proc/{child}/cmdline").exists() for child in children))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(root.pid, signal.SIGKILL)
+        assert root.wait() == -signal.SIGKILL
 
 
 def test_a_caller_that_vanishes_at_once_leaves_no_exec(mon: MonitorProcess) -> None:
