@@ -36,9 +36,24 @@ def main(arguments: Sequence[str] | None = None, *, table: Table = TABLE) -> int
         return USAGE
 
 
+class Parser(argparse.ArgumentParser):
+    """Help is as wide as everywhere; argparse would ask shutil, which brings all compressors along."""
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(self.prog, width=_width())
+
+
+def _width() -> int:
+    try:
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+    except (OSError, ValueError):  # no terminal, or nonsense
+        columns = 0
+    return (columns or 80) - 2
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the whole command line."""
-    top = argparse.ArgumentParser(prog="bulkhead", description="A container runtime for Kubernetes.")
+    top = Parser(prog="bulkhead", description="A container runtime for Kubernetes.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     serve = commands.add_parser("serve", help="run the supervisor in the foreground")
     serve.set_defaults(run=_serve)
