@@ -56,7 +56,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def show(found: list[Finding], output: str) -> int:
     """Print the findings; return the exit code."""
     if output == "json":
-        print(json.dumps([msgspec.to_builtins(finding) for finding in found], indent=2))
+        print(json.dumps([msgspec.structs.asdict(finding) for finding in found], indent=2))
     elif found:
         from supervisor.cli.ctl.output import print_table  # not in what becomes the supervisor: it is large
 
