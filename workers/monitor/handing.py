@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ipc.messages.monitor import Create
 from workers.monitor import procfs
@@ -107,7 +107,7 @@ def clear(
     launcher: Launcher, runtime: Runtime, container_id: str, directory: str, then: Callable[[], object]
 ) -> None:
     """End what a creation that was cut off has left, and go on. Raises RemoteError."""
-    _kill(os.getppid())
+    _kill(os.getppid(), runtime, container_id)
     for name in (PID_FILE, f".{PID_FILE}", CONSOLE):  # runc makes the second one only if it is not there
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
@@ -115,13 +115,23 @@ def clear(
     launcher.call(list(argv), lambda _outcome: then(), timeout=DELETE_TIMEOUT)
 
 
-def _kill(monitor_pid: int) -> None:
-    """Kill the keeper's other children: while there is no container they are what is left of a runtime."""
+def _kill(monitor_pid: int, runtime: Runtime, container_id: str) -> None:
+    """Kill the keeper's other children: while there is no container they are what is left of a runtime.
+
+    So are calls for this container that are somebody else's: their keeper died too.
+    """
     for _ in range(_KILLS):
-        left = set(procfs.children(monitor_pid)) - {os.getpid()}
+        left = {*procfs.children(monitor_pid), *_calls(runtime, container_id)} - {os.getpid()}
         if not left:
             return
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_KILL_PAUSE)
+
+
+def _calls(runtime: Runtime, container_id: str) -> Iterator[int]:
+    for pid in procfs.all_pids():
+        words = procfs.command_line(pid)
+        if words[-1:] == [container_id] and runtime.root in words:
+            yield pid

@@ -136,6 +136,12 @@ def signal_number(name: str) -> int:
     return number
 
 
+def command_line(pid: int) -> list[str]:
+    """Return the process's arguments, none if it is gone or has ended."""
+    raw = _read(f"/proc/{pid}/cmdline") or b""
+    return raw.decode("utf-8", "replace").split("\0")[:-1]
+
+
 def all_pids() -> list[int]:
     """Return every process that /proc shows."""
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
