@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tests.crash import victims
@@ -27,6 +27,7 @@ from tests.support.faults import CHANGES, Strace
 STEPS = f"{CHANGES},sendmsg,recvmsg,clone,unshare,setns,wait4,waitid,pidfd_send_signal"
 STOP_SECONDS, SETTLE_SECONDS = 10.0, 20.0
 MOMENTS = 6  # into which an operation, or a short life, is cut
+SOON = 0.01  # seconds from the beginning of an operation
 BIRTH = "birth"  # instead of a system call
 FAILED = object()  # what a failed operation gave
 
@@ -47,6 +48,10 @@ class Blow:
     victim: str
     signal: signal.Signals
     step: Step = Step()
+
+    def at_another_moment(self) -> Blow:
+        """The same blow when its step does not come: what was done once need not be done again."""
+        return replace(self, step=Step(BIRTH) if self.step.call == BIRTH else Step(delay=SOON))
 
     def __str__(self) -> str:
         step = self.step

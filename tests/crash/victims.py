@@ -21,7 +21,7 @@ from tests.support.daemon import alive, wait_for
 
 #: What a call answers whose work was cut off in the middle, and which can be made again.
 CUT = AWAY | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
-RUNTIMES = ("crun", "runc", "python3")  # the last one before it executes
+RUNTIMES = ("crun", "runc", "memfd:", "python3")  # a sealed copy; the last one before it executes
 
 
 @dataclass(frozen=True)

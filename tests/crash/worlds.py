@@ -137,7 +137,7 @@ def _do(world: World, cell: Cell, choose: Choose) -> Outcome:
     try:
         steps = steps_of(world, operation, cell.victim)
         for blow in choose(cell, steps):
-            if strike(world, operation, blow):
+            if strike(world, operation, blow) or strike(world, operation, blow.at_another_moment()):
                 tally.add(blow)
     except Exception:  # noqa: BLE001 - whatever goes wrong is what the table is about
         tally.lost.append(f"{blow or cell.victim} in {cell.operation}: {traceback.format_exc()}")
