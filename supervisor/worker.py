@@ -116,6 +116,7 @@ class Worker:
     _asking: bool = False
     _timer: Timer | None = None
     _signalled: bool = False
+    _grace: float = 0.0  # seconds, once it was told to end
     _oom_kills: int = 0
 
     # -- beginning ------------------------------------------------------------------------------------
@@ -160,6 +161,7 @@ class Worker:
         worker.answered = ground.loop.time() if worker.phase is Phase.READY else None
         worker._watch(None if row.control_fd < 0 else socket.socket(fileno=row.control_fd), row.asked)
         if worker.phase is not Phase.READY and not origin.entry.drains:
+            worker._grace = DRAIN_LIMIT
             worker._kill_later(DRAIN_LIMIT)
         return worker
 
@@ -335,8 +337,12 @@ class Worker:
     # -- ending ---------------------------------------------------------------------------------------
 
     def stop(self, grace: float) -> None:
-        """Tell it to end in order; after the grace it is killed."""
-        if self.phase in {Phase.STOPPING, Phase.DRAINING}:
+        """Tell it to end in order; after the grace it is killed. Told again, a shorter grace counts."""
+        if self.phase is Phase.DRAINING or (self.phase is Phase.STOPPING and grace >= self._grace):
+            return
+        self._grace = grace
+        if self.phase is Phase.STOPPING:
+            self._kill_later(grace + KILL_AFTER)
             return
         ready, self.phase = self.phase is Phase.READY, Phase.STOPPING
         if ready and self._control is not None:

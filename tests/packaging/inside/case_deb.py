@@ -206,7 +206,7 @@ class Reader:
         words = [word.replace("=CONTAINER", f"={self.known.get('CONTAINER', '')}") for word in words]
         endless = "--watch" in words or ("-f" in words and "logs" in words) or "events" in words
         done = subprocess.run(
-            ["timeout", "2", *words] if endless else words,
+            ["timeout", "2" if endless else "90", *words],
             cwd=self.directory,
             capture_output=True,
             text=True,
