@@ -236,10 +236,16 @@ class Groups:
         """
         return [kind for kind, spare in kinds.items() if not self.clear(self.worker(kind), spare)]
 
-    def release(self, kinds: Iterable[str]) -> None:
-        """At the end: remove every group that is empty. Monitors and pods keep theirs."""
-        for path in (*(self.worker(kind) for kind in kinds), self.monitors):
-            self.remove(path)
+    def release(self, kinds: Iterable[str], spare: Collection[int] = ()) -> None:
+        """At the end: remove every group that is empty. Monitors and pods keep theirs.
+
+        What a worker leaves dies with it, but not at once: that is waited for, but not for those in `spare`.
+        """
+        until = time.monotonic() + _KILL_WAIT
+        for path in (self.worker(kind) for kind in kinds):
+            while not self.remove(path) and time.monotonic() < until and not self.pids(path) & {*spare}:
+                time.sleep(0.01)
+        self.remove(self.monitors)
         for mount in self.hierarchies.everywhere:
             _remove_tree(mount + self.pods)
         if own_group() != f"{self.base}/supervisor":

@@ -495,7 +495,9 @@ class Supervisor:
         self.nursery.end()
         for kind in self.kinds.values():
             kind.close()
-        self.groups.release(self._worker_kinds())
+        drains = self.ground.drains
+        spared = {pid for kind in self._worker_kinds() for pid in drains.pids(kind)}
+        self.groups.release(self._worker_kinds(), spared)
         for path in (self.config.listen, f"{self.config.run_root}/ipc/supervisor.sock"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

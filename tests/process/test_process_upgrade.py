@@ -22,7 +22,7 @@ import pytest
 from ipc.blocking import Client
 from ipc.cri import api_pb2 as pb
 from ipc.errors import RemoteError
-from ipc.messages.supervisor import UpgradeBegin
+from ipc.messages.supervisor import MonitorList, UpgradeBegin
 from tests.support import machine
 from tests.support.daemon import alive, wait_for
 from tests.support.images import served
@@ -102,6 +102,13 @@ def releases(node: TreeNode) -> dict[str, str]:
     return {w.kind: w.release for w in node.workers() if w.release and w.state == "ready"}
 
 
+def monitors(node: TreeNode, container: str) -> list[int]:
+    """The monitor of a container that lives, by the lock."""
+    with Client(f"{node.run_root}/ipc/supervisor.sock", timeout=20) as client:
+        states = client.call(MonitorList(container_id=container)).monitors
+    return [state.pid for state in states if state.pid]
+
+
 def open_files(pid: int) -> list[str]:
     return os.listdir(f"/proc/{pid}/fd")
 
@@ -172,9 +179,12 @@ def test_nobody_notices_two_upgrades_under_load(node: TreeNode, kubelet: Kubelet
                 "", *SHELL, "trap 'exit 3' TERM; echo up; while :; do sleep 0.1; done"
             )
             stopping.result()
-    # the monitor of the later release, under the earlier one
+    # the monitor of the later release, under the earlier one, and one of the earlier that succeeds it
     assert kubelet.execute(later, "echo", "hi") == "hi\n"
     kubelet.wait_for_log(later, "up")
+    (dead,) = monitors(node, later)
+    os.kill(dead, signal.SIGKILL)
+    wait_for(lambda: monitors(node, later) not in ([], [dead]), "the monitor has a successor")
     node.runtime.StopContainer(pb.StopContainerRequest(container_id=later, timeout=10), timeout=20)
     assert kubelet.status(later).exit_code == 3
     assert kubelet.status(stubborn).exit_code == 137
