@@ -96,6 +96,15 @@ def _pods(pods: Pods, count: int, word: str) -> Iterator[tuple[str, str]]:
         yield f"{word}-{number}", pods.run(f"{word}-{number}")
 
 
+def medians(rounds: int = ROUNDS) -> str:
+    """From SIGKILL to serving again on a node with a hundred running containers, as a table in Markdown."""
+    with full_node() as (node, _images):
+        took = serving_again(node, rounds)
+    lines = ["| SIGKILL of | serving again after, median | bound |", "|---|---|---|"]
+    lines += [f"| {one.kind} | {took[one.kind]:.0f} ms | {one.limit:.0f} ms |" for one in BOUNDS]
+    return "\n".join(lines)
+
+
 def serving_again(node: Node, rounds: int = ROUNDS) -> dict[str, float]:
     """Kill each kind so many times; the medians in milliseconds."""
     expected = _containers(node)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.recovery import medians
 from tests.crash.blows import Blow, Step, Tally
 from tests.crash.operations import OPERATIONS
 from tests.crash.victims import VICTIMS
@@ -95,6 +96,13 @@ def write(text: str) -> None:
     PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
+def tell(text: str, *, write_too: bool) -> None:
+    """Print it, and put it into its page."""
+    print(text, flush=True)
+    if write_too:
+        write(text)
+
+
 def show(outcome: Outcome) -> Outcome:
     """A line for a cell that is done."""
     cell, tally = outcome.cell, outcome.tally
@@ -121,9 +129,9 @@ def main() -> int:
     deadline = time.monotonic() + options.minutes * 60
     rows = gather([show(one) for one in run(todo, options.worlds, choose, deadline, options.keep)])
     text = table(rows)
-    print(text)
-    if options.write:
-        write(text)
+    tell(text, write_too=options.write)
+    if not options.only:  # on its own, when the others have ended
+        tell(f"{medians()}\n\n{text}", write_too=options.write)
     return 1 if any(tally.lost for tally in rows.values()) else 0
 
 
