@@ -66,8 +66,10 @@ class Start:
 
 
 def clean(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment, without what the program before this one has left."""
-    return {name: value for name, value in environ.items() if name != heritage.VARIABLE}
+    """The environment, without descriptors that are no longer where it names them: what the program before
+    this one has left, and what systemd has kept for a start."""
+    gone = {heritage.VARIABLE, "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+    return {name: value for name, value in environ.items() if name not in gone}
 
 
 def started_as(argv: Sequence[str], original: Sequence[str]) -> list[str]:

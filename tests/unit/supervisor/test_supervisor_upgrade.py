@@ -13,7 +13,7 @@ from supervisor import heritage
 from supervisor.config import Config
 from supervisor.heritage import Heritage, KindRow, WardRow, WorkerRow
 from supervisor.sandbox.spec import Identity
-from supervisor.upgrade import Trial, fixed, obstacle, started_as, trial
+from supervisor.upgrade import Trial, clean, fixed, obstacle, started_as, trial
 
 WHO = {"cri": Identity(64101, 64101)}
 
@@ -78,6 +78,17 @@ def test_a_launcher_is_executed_again_and_a_module_by_its_interpreter(tmp_path: 
     assert started_as(words, ["/usr/bin/python3", "-I", *words]) == words
     module = ["/usr/bin/python3", "-m", "supervisor", "serve"]
     assert started_as(["/x/supervisor/__main__.py", "serve"], module) == [sys.executable, *module[1:]]
+
+
+def test_no_descriptor_of_an_earlier_start_is_named_to_the_next_program() -> None:
+    environ = {
+        "PATH": "/bin",
+        "NOTIFY_SOCKET": "/n",
+        "LISTEN_FDS": "2",
+        "LISTEN_PID": "1",
+        "LISTEN_FDNAMES": "a",
+    }
+    assert clean({**environ, heritage.VARIABLE: "9"}) == {"PATH": "/bin", "NOTIFY_SOCKET": "/n"}
 
 
 def test_what_is_imported_after_the_tree_was_removed_comes_from_the_copy_beside_it(tmp_path: Path) -> None:
