@@ -6,10 +6,8 @@ Names given as arguments choose a part: pods lifecycle exec stream log memory no
 
 from __future__ import annotations
 
-import compileall
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from tests.bench.exec_ import measure as exec_
 from tests.bench.figures import Figure, show
@@ -21,6 +19,7 @@ from tests.bench.pods import measure as pods
 from tests.bench.pull import measure as pull
 from tests.bench.recovery import measure as recovery
 from tests.bench.stream import measure as stream
+from tests.support.daemon import compile_sources
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "pods": pods,
@@ -40,19 +39,12 @@ def main(names: list[str]) -> None:
     unknown = set(names) - set(PARTS)
     if unknown:
         sys.exit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    _compile()
+    compile_sources()
     figures: list[Figure] = []
     for name in names or list(PARTS):
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         figures += PARTS[name]()
     show(figures)
-
-
-def _compile() -> None:
-    """Byte code beside the sources, as an installed Bulkhead has it: compiling at each start costs 8 MB."""
-    root = Path(__file__).resolve().parents[2]
-    for package in ("ipc", "supervisor", "workers"):
-        compileall.compile_dir(root / package, quiet=1)
 
 
 if __name__ == "__main__":

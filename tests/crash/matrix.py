@@ -19,6 +19,7 @@ from tests.crash.blows import Blow, Step, Tally
 from tests.crash.operations import OPERATIONS
 from tests.crash.victims import VICTIMS
 from tests.crash.worlds import Cell, Outcome, run
+from tests.support.daemon import compile_sources
 
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recovery.md"
@@ -125,6 +126,7 @@ def main() -> int:
     )
     parser.add_argument("--write", action="store_true", help="also into docs/recovery.md")
     options = parser.parse_args()
+    compile_sources()
     todo = cells(options.kills, options.stops, options.only)
     deadline = time.monotonic() + options.minutes * 60
     rows = gather([show(one) for one in run(todo, options.worlds, choose, deadline, options.keep)])
