@@ -32,6 +32,7 @@ REST = (
     0.05  # seconds after a request, when the next child is forked: others are busy with this one until then
 )
 WORDS_LIMIT = 4096
+SELF = "self"  # before the words, if the child itself does what its birth takes
 _PID_LIMIT = 16
 _ROOM = socket.CMSG_SPACE(4 * struct.calcsize("i"))
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
@@ -68,6 +69,7 @@ class Nursery:
         self._prepares: list[Callable[[], object]] = []
         self._lives: dict[str, tuple[Birth, Life]] = {}
         self._ready = False  # it has answered once
+        self._answered = 0  # pid of the last that has answered a request
         self._waiting = 0  # pid of the last child that has begun to wait for a request
         self._sock: socket.socket | None = None
         self.pid = 0
@@ -95,6 +97,11 @@ class Nursery:
         self._hear()
         answer_fd, theirs = os.pipe2(os.O_CLOEXEC)
         try:
+            birth, expected, self._waiting = self._lives[words[0]][0], self._waiting, 0
+            if expected:  # done here: a child that does it has more pages of its own
+                birth(expected, fds)
+            else:
+                words = [SELF, *words]
             rights = struct.pack(f"{len(fds) + 1}i", *fds, theirs)
             sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
             os.close(theirs)
@@ -106,14 +113,18 @@ class Nursery:
             close_all([answer_fd, *([theirs] if theirs >= 0 else [])])
         if not answer:
             self.close()
-        return int(answer or 0)
+        self._answered = int(answer or 0)
+        if expected and answer and self._answered != expected:  # that was a child of the nursery before
+            birth(self._answered, fds)
+        return self._answered
 
     def _hear(self) -> None:
         """Take note of the child that waits; each has told its pid."""
         assert self._sock is not None
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while told := self._sock.recv(_PID_LIMIT, socket.MSG_DONTWAIT):
-                self._waiting = int(told)
+                # Who was forked for a request told it too, and waits no more.
+                self._waiting = int(told) if int(told) != self._answered else self._waiting
 
     def _answer(self, fd: int) -> bytes:
         """Return the child's answer, b"" if there is none to come."""
@@ -235,12 +246,13 @@ def _be_born(here: SocketType, sock_fd: int, lives: Mapping[str, tuple[Birth, Li
         if data:
             *fds, answer_fd = (fd for (fd,) in struct.iter_unpack("i", ancillary[0][2]))
             words = data.decode().split("\0")
-            birth, life = lives[words[0]]
-            birth(os.getpid(), fds)
+            if words[0] == SELF:
+                del words[0]
+                lives[words[0]][0](os.getpid(), fds)
             os.write(answer_fd, b"%d" % os.getpid())
             os.close(answer_fd)
             os.close(here.fileno())
-            life(words, fds)
+            lives[words[0]][1](words, fds)
         status = 0
     except BrokenPipeError:  # nobody waits for it any more
         status = spawn.GATE_STATUS
