@@ -16,7 +16,6 @@ import select
 import signal
 import socket
 import struct
-from _socket import SocketType, socketpair
 from collections.abc import Callable, Mapping, Sequence
 
 from ipc.fds import close_all
@@ -31,15 +30,16 @@ LAST_WORD = 1.0  # seconds that a child has which was asked just before its nurs
 REST = (
     0.05  # seconds after a request, when the next child is forked: others are busy with this one until then
 )
+HURRY = b"."  # a request for a child to be forked now
 WORDS_LIMIT = 4096
-SELF = "self"  # before the words, if the child itself does what its birth takes
 _PID_LIMIT = 16
-_ROOM = socket.CMSG_SPACE(4 * struct.calcsize("i"))
+_FDS = struct.Struct("4i")  # at most: two or three of the request, and the pipe for the answer
+_ROOM = socket.CMSG_SPACE(_FDS.size)
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 #: What a child does, with the words and the two or three descriptors of its request.
 Life = Callable[[Sequence[str], Sequence[int]], object]
-#: What is done in a child before it begins and anybody knows it: with its pid, and the descriptors.
+#: What is done before a child begins: with its pid, and the descriptors.
 Birth = Callable[[int, Sequence[int]], object]
 
 
@@ -67,20 +67,20 @@ class Nursery:
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self._prepares: list[Callable[[], object]] = []
-        self._lives: dict[str, tuple[Birth, Life]] = {}
+        self._lives: dict[str, Life] = {}
+        self._births: dict[str, Birth] = {}
         self._ready = False  # it has answered once
-        self._answered = 0  # pid of the last that has answered a request
         self._waiting = 0  # pid of the last child that has begun to wait for a request
         self._sock: socket.socket | None = None
         self.pid = 0
 
     def add(self, kind: str, life: Life, prepare: Callable[[], object], birth: Birth = _nothing) -> None:
-        """Before the first fork: what children of a kind do, in the nursery what makes them ready, and
-        before the answer what nobody may find undone, whoever dies.
+        """Before the first fork: what children of a kind do, in the nursery what makes them ready, and here
+        what nobody may find undone, whoever dies: it is done before a child can begin.
 
         What prepares last leaves its children the smallest.
         """
-        self._lives[kind] = birth, life
+        self._lives[kind], self._births[kind] = life, birth
         self._prepares.append(prepare)
 
     def fork(self, words: Sequence[str], fds: Sequence[int]) -> int:
@@ -94,55 +94,56 @@ class Nursery:
     def _ask(self, words: Sequence[str], fds: Sequence[int]) -> int:
         """Return the pid; 0 if nursery or child has died, and then no child lives: it would have answered."""
         sock = self._sock or self._open()
-        self._hear()
         answer_fd, theirs = os.pipe2(os.O_CLOEXEC)
+        answer = b""
         try:
-            birth, expected, self._waiting = self._lives[words[0]][0], self._waiting, 0
-            if expected:  # done here: a child that does it has more pages of its own
-                birth(expected, fds)
-            else:
-                words = [SELF, *words]
-            rights = struct.pack(f"{len(fds) + 1}i", *fds, theirs)
-            sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            os.close(theirs)
-            theirs = -1
-            answer = self._answer(answer_fd)
+            pid = self._await_child(sock)
+            if pid:
+                self._births[words[0]](pid, fds)
+                rights = struct.pack(f"{len(fds) + 1}i", *fds, theirs)
+                sock.sendmsg(["\0".join(words).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                os.close(theirs)
+                theirs = -1
+                answer = self._patient(answer_fd) and os.read(answer_fd, _PID_LIMIT)
+                self._waiting = 0
         except (BrokenPipeError, ConnectionResetError):
-            answer = b""
+            pass
         finally:
             close_all([answer_fd, *([theirs] if theirs >= 0 else [])])
         if not answer:
             self.close()
-        self._answered = int(answer or 0)
-        if expected and answer and self._answered != expected:  # that was a child of the nursery before
-            birth(self._answered, fds)
-        return self._answered
+        return int(answer or 0)
+
+    def _await_child(self, sock: socket.socket) -> int:
+        """Return the pid of the child that waits for a request, 0 if nobody forks one. Raises OSError."""
+        self._hear()
+        if not self._waiting:
+            sock.send(HURRY)
+            if self._patient(sock.fileno()):
+                self._hear()
+        return self._waiting
 
     def _hear(self) -> None:
         """Take note of the child that waits; each has told its pid."""
         assert self._sock is not None
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while told := self._sock.recv(_PID_LIMIT, socket.MSG_DONTWAIT):
-                # Who was forked for a request told it too, and waits no more.
-                self._waiting = int(told) if int(told) != self._answered else self._waiting
+                self._waiting = int(told)
 
-    def _answer(self, fd: int) -> bytes:
-        """Return the child's answer, b"" if there is none to come."""
+    def _patient(self, fd: int) -> bytes:
+        """Wait until there is something to read. A nursery that hangs is killed; b"" if nothing came then."""
         patience = ANSWER_TIMEOUT if self._ready else FIRST_TIMEOUT
         if not readable(fd, patience):
             self._ground.log.warning("nursery hangs and is killed", pid_of=self.pid, seconds=patience)
             os.kill(self.pid, signal.SIGKILL)
-            # It passes nothing on any more. A child that it has passed this on to answers now, or dies.
+            # It forks no more. A child that has taken the request answers now, or dies.
             if not readable(fd, LAST_WORD):
-                self.close()
-                raise TimeoutError("the nursery does not answer")
+                return b""
         self._ready = True
-        return os.read(fd, _PID_LIMIT)
+        return b"."
 
     def kill(self) -> None:
         """End it though it hangs."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
         self.close()
 
     def end(self) -> None:
@@ -186,6 +187,8 @@ class Nursery:
     def close(self) -> None:
         """End it; monitors live on. The next fork makes a new one."""
         if self._sock is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # it is not reaped yet, or `_ended` would have closed
             self._sock.close()
             self._sock = None
             self.pid = 0
@@ -194,65 +197,51 @@ class Nursery:
 def _nurse(
     sock: socket.socket,
     prepares: Sequence[Callable[[], object]],
-    lives: Mapping[str, tuple[Birth, Life]],
+    lives: Mapping[str, Life],
     log: Log,
 ) -> None:
-    """The nursery's life: one request after the other, until the supervisor closes.
+    """The nursery's life: one child after the other, until the supervisor ends it.
 
-    In one function and few words: whatever it touches, no two of its children share. One child waits, forked
-    while nobody else did, at one end of a socketpair; the nursery passes the next request on to it. If the
-    nursery is gone before it did, so is the child.
+    A child takes its request itself: it is forked ahead and waits at the supervisor's socket; the next one is
+    forked when it has told, through a pipe, that it has taken one, and a moment later, unless another request
+    is there. In one function and few words: whatever it touches, no two of its children share.
     """
     spawn.freeze()
     for prepare in prepares:
         prepare()
     sock.setblocking(True)
-    there, here = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    receive, sock_fd, there_fd = sock.recvmsg, sock.fileno(), there.fileno()
-    poll, rest_ms = _poll_of(sock_fd).poll, int(REST * 1000)
-    waiting = False
+    taken, takers = os.pipe()
+    rest, rest_ms = _poll_of(sock.fileno()).poll, int(REST * 1000)
     while True:
-        data = b""
-        if waiting or poll(rest_ms):
-            data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
-            if not data:
-                return
-        if not waiting:
-            pid = bare_fork()
-            if not pid:
-                os.close(there_fd)
-                if data:  # what came with the request is passed on
-                    for (fd,) in struct.iter_unpack("i", ancillary[0][2]):
-                        os.close(fd)
-                _be_born(here, sock_fd, lives, log)
-            os.waitpid(pid, 0)
-            waiting = True
-        if data:
-            there.sendmsg([data], ancillary)
-            waiting = False
-            for (fd,) in struct.iter_unpack("i", ancillary[0][2]):
-                os.close(fd)
+        pid = bare_fork()
+        if not pid:
+            os.close(taken)
+            _be_born(sock, takers, lives, log)
+        os.waitpid(pid, 0)
+        os.read(taken, 1)
+        rest(rest_ms)
 
 
-def _be_born(here: SocketType, sock_fd: int, lives: Mapping[str, tuple[Birth, Life]], log: Log) -> None:
-    """Fork once more, so that the supervisor is the parent, wait for a request, live. Does not return."""
+def _be_born(sock: socket.socket, takers: int, lives: Mapping[str, Life], log: Log) -> None:
+    """Fork once more, so that the supervisor is the parent, take a request, live. Does not return."""
     status = spawn.BUG_STATUS
     try:
         if bare_fork():
             os._exit(0)
-        os.write(sock_fd, b"%d" % os.getpid())
-        os.close(sock_fd)
-        data, ancillary, _, _ = here.recvmsg(WORDS_LIMIT, _ROOM, _CLOEXEC)
+        sock.send(b"%d" % os.getpid())
+        data = HURRY
+        while data == HURRY:
+            data, ancillary, _, _ = sock.recvmsg(WORDS_LIMIT, _ROOM, _CLOEXEC)
         if data:
-            *fds, answer_fd = (fd for (fd,) in struct.iter_unpack("i", ancillary[0][2]))
+            os.write(takers, b".")
+            os.close(takers)
+            os.close(sock.fileno())
+            raw = ancillary[0][2]
+            fds = _FDS.unpack(raw.ljust(_FDS.size, b"\0"))[: len(raw) // 4]
             words = data.decode().split("\0")
-            if words[0] == SELF:
-                del words[0]
-                lives[words[0]][0](os.getpid(), fds)
-            os.write(answer_fd, b"%d" % os.getpid())
-            os.close(answer_fd)
-            os.close(here.fileno())
-            lives[words[0]][1](words, fds)
+            os.write(fds[-1], b"%d" % os.getpid())
+            os.close(fds[-1])
+            lives[words[0]](words, fds[:-1])
         status = 0
     except BrokenPipeError:  # nobody waits for it any more
         status = spawn.GATE_STATUS

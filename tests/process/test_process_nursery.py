@@ -110,8 +110,9 @@ def end_the_service(instance: Instance) -> None:
 def test_one_that_hangs_is_replaced_within_the_request(instance: Instance) -> None:
     asks: list[Callable[[Instance, str], int]] = [start_monitor, start_init]
     for ask in asks:
-        before = nursery(instance)
+        before, child = nursery(instance), eventually(lambda: waiting(instance))
         os.kill(before, signal.SIGSTOP)
+        os.kill(child, signal.SIGKILL)
         began = time.monotonic()
         assert alive(ask(instance, SECOND))
         assert ANSWER_TIMEOUT <= time.monotonic() - began < ANSWER_TIMEOUT + 3

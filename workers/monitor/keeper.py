@@ -191,17 +191,15 @@ class Keeper:
             self._hand(self)
             os._exit(0)
         if self.group_fd >= 0:
-            self._warm()
-
-    def _warm(self) -> None:
-        """Move into the group where this process is already. The kernel makes who moves first after a pause
-        wait for an RCU grace period, 10 ms and more, and those who follow not: so this one waits, while the
-        hand gets ready, and the OCI runtime, which is about to move the container, does not.
-        """
-        with contextlib.suppress(OSError):
-            write(self.group_fd, b"0")
-        close(self.group_fd)
-        self.group_fd = -1
+            # It moves to where it is. The kernel lets who moves first after a pause wait for an RCU grace
+            # period, 10 ms and more, and those who follow not: so this one waits, while the hand gets ready,
+            # and not the OCI runtime when it moves the container. In place: a function would be another page.
+            try:  # noqa: SIM105 - the same
+                write(self.group_fd, b"0")
+            except OSError:
+                pass
+            close(self.group_fd)
+            self.group_fd = -1
 
     def _obey(self) -> None:
         """Do what a hand says, or the signal that a child has ended."""
