@@ -211,27 +211,23 @@ def _nurse(
         prepare()
     sock.setblocking(True)
     taken, takers = os.pipe()
-    rest, rest_ms = _poll_of(sock.fileno()).poll, int(REST * 1000)
+    rest, rest_ms, receive = _poll_of(sock.fileno()).poll, int(REST * 1000), sock.recvmsg
     while True:
         pid = bare_fork()
         if not pid:
-            os.close(taken)
-            _be_born(sock, takers, lives, log)
+            break
         os.waitpid(pid, 0)
         os.read(taken, 1)
         rest(rest_ms)
-
-
-def _be_born(sock: socket.socket, takers: int, lives: Mapping[str, Life], log: Log) -> None:
-    """Fork once more, so that the supervisor is the parent, take a request, live. Does not return."""
     status = spawn.BUG_STATUS
     try:
-        if bare_fork():
+        if bare_fork():  # the supervisor becomes the parent of the other one
             os._exit(0)
+        os.close(taken)
         sock.send(b"%d" % os.getpid())
         data = HURRY
         while data == HURRY:
-            data, ancillary, _, _ = sock.recvmsg(WORDS_LIMIT, _ROOM, _CLOEXEC)
+            data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
         if data:
             os.write(takers, b".")
             os.close(takers)
