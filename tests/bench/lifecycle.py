@@ -32,6 +32,9 @@ GRACE = 10  # seconds; the command ends at its stop signal
 #: An entry point with a handler for its stop signal, as most have.
 COMMAND = ["sh", "-c", "trap 'exit 0' TERM; sleep 1000 & wait"]
 SETTLE = 0.1  # seconds in which it sets the handler, on either side
+#: Seconds between turns: the kernel clears a network namespace away in the background, and holds up whoever
+#: makes or removes an interface meanwhile; nobody is to wait for what another one has left.
+PAUSE = 0.2
 POD_STEPS = ("CreatePod", "StopPod", "RemovePod")
 CONTAINER_STEPS = ("CreateContainer", "StartContainer", "StopContainer", "RemoveContainer")
 ORDER = ("CreatePod", *CONTAINER_STEPS, "StopPod", "RemovePod")
@@ -100,6 +103,7 @@ def _one_at_a_time(ours: Pods, theirs: Pods, floor: Life, runtime: str, bound: f
     turns: tuple[Life, Life, Life] = (lambda: _whole(ours), lambda: _whole(theirs), floor)
     for _ in range(WARM + COUNT):
         for column, life in zip(lives, turns, strict=True):
+            time.sleep(PAUSE)
             column.append(life())
     mine, peers, bare = (_medians(column[WARM:]) for column in lives)
     what = f"life of a pod, {runtime}"
