@@ -155,6 +155,7 @@ def test_others_are_served_while_things_hang_and_status_names_the_culprits(
         assert 'CNI plugin "moon", ADD' in said
         said = refusal(pulled)
         assert "the transfer has stalled" in said, said
+        wait_for(lambda: sum(job.killed for job in jobs(node)) == 1, "who can be killed has ended")
         (stuck,) = [job for job in jobs(node) if job.killed]
         assert stuck.doing.startswith(str(dead.directory))
         assert Path(f"/proc/{stuck.pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
