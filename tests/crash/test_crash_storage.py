@@ -148,7 +148,7 @@ def steps_of(scene: Scene, operation: Operation) -> list[tuple[str, int]]:
         operation.prepare(client)
         with Strace(scene.worker.pid) as counted:
             operation.act(client)
-            eventually(lambda: not scene.worker.children())
+            eventually(lambda: not scene.worker.children() and not scene.worker.staged())
     scene.clear()
     return counted.steps[:: -(-len(counted.steps) // POINTS)]
 
@@ -162,7 +162,7 @@ def act(scene: Scene, operation: Operation) -> RemoteError | None:
             return error
         finally:  # what is done behind the answer is part of it
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                eventually(lambda: not scene.worker.children())
+                eventually(lambda: not scene.worker.children() and not scene.worker.staged())
     return None
 
 

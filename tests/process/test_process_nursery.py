@@ -82,7 +82,8 @@ def waiting(instance: Instance) -> int:
     with instance.client() as client:
         monitors = {one.pid for one in client.call(messages.MonitorList()).monitors}
     others = members(instance) - monitors - {nursery(instance)}
-    return next((pid for pid in others if parent(pid) == instance.pid), 0)
+    found = [pid for pid in others if parent(pid) == instance.pid]
+    return found[0] if len(found) == 1 else 0  # the last nursery's may still be there for a moment
 
 
 def open_files(pid: int) -> list[str]:
