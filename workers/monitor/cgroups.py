@@ -139,6 +139,15 @@ class Cgroups:
         self.freeze(False)  # a frozen process of v1 dies only when it is thawed
         return len(pids)
 
+    def clear(self) -> bool:
+        """SIGKILL whatever is in any of the groups, remove them. True if none is left; else call again."""
+        for root in self._directories.values():
+            for pid in [pid for path in _tree(root) for pid in _pids(path)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.remove()
+        return not any(os.path.isdir(root) for root in self._directories.values())
+
     def remove(self) -> None:
         """Remove the groups that are empty."""
         for root in self._directories.values():

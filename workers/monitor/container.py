@@ -42,7 +42,7 @@ from workers.monitor.attaching import Attached
 from workers.monitor.cgroups import Cgroups
 from workers.monitor.containerlog import ContainerLog
 from workers.monitor.creation import Born, Creation
-from workers.monitor.ending import DELETE_TIMEOUT
+from workers.monitor.ending import DELETE_TIMEOUT, KILL_DELAYS
 from workers.monitor.execs import Exec
 from workers.monitor.execsessions import ExecSession, Opened
 from workers.monitor.link import STRANGER, Link, Taken
@@ -249,10 +249,19 @@ class Container:
 
     def _not_created(self, error: RemoteError) -> None:
         self._log.warning("container not created", error=error.text)
+        path = "" if self._request is None else self._request.cgroup_path
+        self._clear(Cgroups.of_path(path, self.container_id), 0, error)
+
+    def _clear(self, groups: Cgroups, attempt: int, error: RemoteError) -> None:
+        """A runtime that failed half-way may have made groups, and what it started may still be in some."""
+        if not groups.clear() and attempt < len(KILL_DELAYS):
+            self._loop.call_later(KILL_DELAYS[attempt], lambda: self._clear(groups, attempt + 1, error))
+        else:
+            self._tell_not_created(error)
+
+    def _tell_not_created(self, error: RemoteError) -> None:
         self.status = Status.STOPPED
         self._unwanted = False
-        if self._request is not None:  # a runtime that failed half-way may have made groups
-            Cgroups.of_path(self._request.cgroup_path, self.container_id).remove()
         if self._log_fd >= 0:
             os.close(self._log_fd)
             self._log_fd = -1
