@@ -211,6 +211,12 @@ def running(monitors: str) -> dict[str, str]:
     return found
 
 
+def lives(monitor_directory: str) -> bool:
+    """Whether a container's process lives, monitor or not."""
+    state = files.read(f"{monitor_directory}/{STATE}", MonitorState)
+    return state is not None and is_alive(state.pid, state.pid_start)
+
+
 def is_alive(pid: int, start: int) -> bool:
     """Whether that very process lives (proc(5): fields 3 and 22 of /proc/PID/stat)."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat", "rb") as file:

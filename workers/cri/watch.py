@@ -21,6 +21,7 @@ from ipc.messages.monitor import ExitRecord
 from ipc.messages.supervisor import MonitorState
 from workers.cri.node import Node
 from workers.cri.peers import SHORT
+from workers.cri.rebuild import lives
 from workers.cri.state import Container, Phase
 
 #: Seconds that a lost monitor's successor (forked by the supervisor) has to appear.
@@ -101,8 +102,8 @@ class Watcher:
         ):
             alive = await self._follow(container.id)
             exit_ = self.read_record(container.id)
-            if exit_ is None and alive:
-                orphan_since = 0.0
+            if exit_ is None and (alive or lives(self._node.settings.monitor_directory(container.id))):
+                orphan_since = 0.0  # who runs has not ended, though nobody watches it just now
             elif exit_ is None:
                 orphan_since = orphan_since or time.monotonic()
                 if time.monotonic() - orphan_since > ORPHAN_GRACE:

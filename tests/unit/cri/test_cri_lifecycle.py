@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import subprocess
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -255,6 +257,28 @@ def test_an_end_is_known_at_once_with_its_reason() -> None:
         status = (await worker.status_of(container_id)).status
         assert (status.reason, status.exit_code) == ("OOMKilled", 137)
         await eventually(lambda: bool(world.asked(storage.ContainerUnmount)))
+
+    play(scenario)
+
+
+def test_without_monitor_a_container_runs_for_as_long_as_its_process_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.cri.watch.ORPHAN_GRACE", 0.3)
+
+    async def scenario(world: World, worker: Worker) -> None:
+        _, container_id = await worker.running()
+        gone = world.monitors[container_id]
+        process = subprocess.Popen(["sleep", "100"])
+        start = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        state = {"status": "running", "pid": process.pid, "pid_start": start}
+        (gone.directory / "state.json").write_text(json.dumps(state))
+        gone.vanish()
+        await asyncio.sleep(1)
+        assert worker.node.store.containers[container_id].phase == "running"
+        process.kill()
+        process.wait()
+        await eventually(lambda: worker.node.store.containers[container_id].phase == "exited", 3)
 
     play(scenario)
 
