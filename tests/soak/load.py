@@ -102,9 +102,11 @@ class Load:
             probe = client.execute(container_id, "true")
             assert probe.exit_code == 0, f"a probe ended with {probe.exit_code}"
             self.done.note("probes")
-        assert client.status(container_id).state == pb.ContainerState.CONTAINER_RUNNING
+        status = client.status(container_id)
+        assert status.state == pb.ContainerState.CONTAINER_RUNNING, f"a container does not run: {status}"
         client.stop(container_id)
-        assert len(client.log(container_id)) == LINES
+        lines = client.log(container_id)
+        assert len(lines) == LINES, f"{len(lines)} lines were logged: {lines}"
         client.remove(container_id)
         client.remove_pod(pod_id)
 
