@@ -18,7 +18,7 @@ import grpc
 
 from ipc.cri import api_pb2 as pb
 from tests.support.cri_client import Client
-from tests.support.daemon import Node
+from tests.support.daemon import Node, wait_for
 from tests.support.images import Served
 
 PROBES = 3
@@ -104,6 +104,8 @@ class Load:
             self.done.note("probes")
         status = client.status(container_id)
         assert status.state == pb.ContainerState.CONTAINER_RUNNING, f"a container does not run: {status}"
+        # On a busy machine three probes are over before a shell has written its lines.
+        wait_for(lambda: len(client.log(container_id)) >= LINES, "a container writes its lines")
         client.stop(container_id)
         lines = client.log(container_id)
         assert len(lines) == LINES, f"{len(lines)} lines were logged: {lines}"
