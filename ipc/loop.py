@@ -20,6 +20,7 @@ from collections.abc import Callable
 Callback = Callable[[], object]
 ExitCallback = Callable[[int], object]
 
+SIFT = 64  # timers that are kept whether they were cancelled or not
 LONGEST_WAIT = 24 * 3600.0  # seconds; epoll_wait(2) counts milliseconds in an int, which 25 days overflow
 
 
@@ -54,6 +55,7 @@ class Loop:
         self._readers: dict[int, Callback] = {}
         self._writers: dict[int, Callback] = {}
         self._timers: list[tuple[float, int, Timer]] = []
+        self._sift_at = SIFT
         self._soon: deque[Callback] = deque()
         self._order = itertools.count()
         self._signals: dict[int, Callback] = {}
@@ -105,8 +107,16 @@ class Loop:
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Call once after `seconds`."""
         timer = Timer(callback)
+        if len(self._timers) >= self._sift_at:
+            self._sift()
         heapq.heappush(self._timers, (self.time() + max(0.0, seconds), next(self._order), timer))
         return timer
+
+    def _sift(self) -> None:
+        """Forget timers that were cancelled long before their time: most deadlines are."""
+        self._timers = [entry for entry in self._timers if entry[2].active]
+        heapq.heapify(self._timers)
+        self._sift_at = max(SIFT, 2 * len(self._timers))
 
     def call_soon(self, callback: Callback) -> None:
         """Call once in the next turn."""
