@@ -8,6 +8,7 @@ this lasts is here; the kind owns both workers before and after.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,7 +47,14 @@ class Exchange:
         self._relay = ""  # its second name
         self._answered = False
         self._finished = False
-        events = Events(self._said_hello, self._new_ended, self._new_bound, self._new_health, lambda _w: None)
+        events = Events(
+            ready=self._said_hello,
+            ended=self._new_ended,
+            bound=self._new_bound,
+            health=self._new_health,
+            drained=lambda _worker: None,
+            stuck=lambda worker: self._new_ended(worker, -signal.SIGKILL),
+        )
         self.new = Worker.start(ground, origin, events, standby=self._how is not How.OVERLAP)
         ground.log.info("worker started to replace another", kind=self.new.kind, pid_of=self.new.pid)
         ground.loop.call_later(TIMEOUT, lambda: self.abandon(f"it was not ready within {TIMEOUT:g} s"))
@@ -82,6 +90,8 @@ class Exchange:
             self._old.hand_over(self._relay, self._finish, HANDOVER_TIMEOUT)
 
     def _new_ended(self, worker: Worker, code: int) -> None:
+        if self._finished:  # it hung in the kernel, and counted as ended then
+            return
         self._finished = True
         why = worker.why or f"it ended with {code}"
         self._ground.log.error(

@@ -56,6 +56,7 @@ class Kind:
         self.identity = identity
         self.workers: dict[int, Worker] = {}
         self.draining: dict[int, Worker] = {}  # they end with their last session; no policy looks at them
+        self.stuck: dict[int, Worker] = {}  # killed, and held by the kernel all the same
         self.exchange: Exchange | None = None  # while an upgrade replaces a worker
         self.restarts = 0
         self.lagged = 0  # as all its processes told, those of the past among them
@@ -68,7 +69,7 @@ class Kind:
         self._changed = changed
         self._bound = bound
         self._relayed = relayed
-        self._events = Events(self._ready, self._ended, bound, self._health, self._drained)
+        self._events = Events(self._ready, self._ended, bound, self._health, self._drained, self._stuck)
         self._slow = Slow()
         self._stopping = False
         self._stopped: list[Callable[[], object]] = []
@@ -207,6 +208,18 @@ class Kind:
                 self._tally.add(self.entry.kind, worker.pid, how, worker.why)
             self._ground.log.info("worker drained", kind=self.entry.kind, pid_of=worker.pid, how=how)
             return
+        if self.stuck.pop(worker.pid, None) is not None:
+            self._ground.log.info("worker that hung has ended", kind=self.entry.kind, pid_of=worker.pid)
+            return
+        self._gone(worker, code)
+
+    def _stuck(self, worker: Worker) -> None:
+        """It counts as dead from now on, and is replaced like the dead."""
+        if worker.pid in self.workers:
+            self.stuck[worker.pid] = worker
+            self._gone(worker, -signal.SIGKILL)
+
+    def _gone(self, worker: Worker, code: int) -> None:
         del self.workers[worker.pid]
         if self.exchange is not None:
             self.exchange.old_ended(worker)
@@ -267,7 +280,7 @@ class Kind:
         found = self._ground.drains.pids(self.entry.kind) if self.entry.drains else set()
         if self.exchange is not None:
             found.add(self.exchange.new.pid)
-        return (found | self.draining.keys()) - self.workers.keys()
+        return (found | self.draining.keys() | self.stuck.keys()) - self.workers.keys()
 
     # -- an upgrade in place --------------------------------------------------------------------------
 
@@ -435,7 +448,12 @@ class Kind:
         for row in rows:
             row.restarts, row.lagged = self.restarts, self.lagged
             row.last_death = self.last_death
-        return rows + draining(self.entry.kind, self.identity.uid, self._spared(), self._release_of)
+        ending = self._spared() - self.stuck.keys()
+        return [
+            *rows,
+            *(worker.state() for worker in self.stuck.values()),
+            *draining(self.entry.kind, self.identity.uid, ending, self._release_of),
+        ]
 
     def _release_of(self, pid: int) -> str:
         worker = self.draining.get(pid)

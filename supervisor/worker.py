@@ -35,6 +35,7 @@ from supervisor.logsink import Lines, LogSink
 from supervisor.reaper import Reaper
 from supervisor.sandbox.report import differences
 from supervisor.sandbox.spec import Identity
+from supervisor.severing import sever
 from supervisor.sockets import Sockets
 from supervisor.spawn import DUMP_SIGNAL
 from supervisor.table import Entry
@@ -42,6 +43,7 @@ from supervisor.table import Entry
 DUMP_WAIT = 0.5  # seconds in which a process has written its stacks
 DRAIN_LIMIT = 900.0  # seconds for what a worker that was replaced has begun
 KILL_AFTER = 2.0  # seconds from SIGABRT, or from the end of the grace, to SIGKILL
+UNKILLABLE_AFTER = 2.0  # seconds from SIGKILL until a process that is still there counts as lost
 
 
 class Phase(enum.StrEnum):
@@ -51,6 +53,7 @@ class Phase(enum.StrEnum):
     READY = "ready"
     STOPPING = "stopping"
     DRAINING = "draining"  # it accepts no more; nobody waits for its end
+    STUCK = "stuck"  # killed, and held by the kernel all the same; nobody waits for its end
 
 
 @dataclass
@@ -87,6 +90,7 @@ class Events:
     bound: Callable[[str], object]
     health: Callable[[Worker], object]
     drained: Callable[[Worker], object]
+    stuck: Callable[[Worker], object]
 
 
 @dataclass
@@ -275,7 +279,8 @@ class Worker:
     def ping(self, done: Callable[[], object] | None = None, timeout: float | None = None) -> None:
         """Ask for health, unless an answer is awaited; `done` is called when it is known or will not be."""
         finished = done or (lambda: None)
-        if self._control is None or self.phase is not Phase.READY or (self._asking and done is None):
+        doomed = self.phase is not Phase.READY or self.why
+        if self._control is None or doomed or (self._asking and done is None):
             finished()
             return
         limit = timeout or self.ground.timeouts.worker_answer
@@ -364,7 +369,27 @@ class Worker:
 
     def _kill_later(self, seconds: float) -> None:
         self._cancel_timer()
-        self._timer = self.ground.loop.call_later(seconds, lambda: self._signal(signal.SIGKILL))
+        self._timer = self.ground.loop.call_later(seconds, self._kill_now)
+
+    def _kill_now(self) -> None:
+        self._signal(signal.SIGKILL)
+        if self.phase is not Phase.DRAINING:  # that one nobody waits for
+            self._timer = self.ground.loop.call_later(UNKILLABLE_AFTER, self._give_up)
+
+    def _give_up(self) -> None:
+        """It does not end of SIGKILL: it is in a call that the kernel does not break off. It will never
+        execute anything of its own again, so another one may take its place."""
+        self._timer = None
+        self.why = self.why or "it does not end of SIGKILL"
+        self.phase = Phase.STUCK
+        severed = 0
+        with contextlib.suppress(OSError):  # it ends just now
+            severed = sever(self.pid)
+        self.ground.log.error(
+            "worker hangs in the kernel and is left behind",
+            kind=self.kind, pid_of=self.pid, where=whereabouts(self.pid), connections_cut=severed,
+        )  # fmt: skip
+        self.events.stuck(self)
 
     def _signal(self, number: int) -> None:
         self._signalled = True
@@ -380,7 +405,7 @@ class Worker:
 
     def _channel_closed(self) -> None:
         self._control = None
-        if self.phase not in {Phase.STOPPING, Phase.DRAINING}:
+        if self.phase not in {Phase.STOPPING, Phase.DRAINING, Phase.STUCK}:
             self._kill_later(self.ground.timeouts.worker_stop + KILL_AFTER)
 
     def _ended(self, code: int) -> None:
@@ -446,7 +471,7 @@ class Worker:
             uid=self.origin.identity.uid,
             requests=self.health.requests,
             queued=self.health.counters.get("queued", 0),
-            doing=self.health.doing,
+            doing=whereabouts(self.pid) if self.phase is Phase.STUCK else self.health.doing,
             jobs=self.health.jobs,
             last_ping_ms=-1 if self.answered is None else int((now - self.answered) * 1000),
             sandbox=self.report,

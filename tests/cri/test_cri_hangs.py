@@ -1,4 +1,4 @@
-"""What hangs: a dead file system, a CNI plugin that never returns, a registry that trickles.
+"""What hangs: a dead file system, a CNI plugin that never returns, a registry that trickles; a worker.
 
 All of it at once on one node: each is named by `bulkheadctl status`, ends with a sentence that names the
 culprit, and meanwhile other pods come and go as fast as ever. When the dead come back nothing is left.
@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
+from ipc import kernel
 from ipc.cri import api_pb2 as pb
 from ipc.messages.supervisor import JobState
 from tests.support import machine
@@ -163,4 +164,27 @@ def test_others_are_served_while_things_hang_and_status_names_the_culprits(
     wait_for(lambda: not jobs(node), "the child that hung has ended")
     assert not Path(f"/proc/{stuck.pid}").exists()
     client.remove_pod(pod)
+    wait_for(lambda: not node.leftovers(), "nothing is left")
+
+
+def test_a_worker_that_no_signal_ends_is_replaced(node: Node, client: Client) -> None:
+    """Its disk hangs: the call that it is in is broken off by nothing. Another takes its place."""
+    (node.root / "bulkhead.toml.d" / "20-lease.toml").write_text("[timeouts]\nworker_answer = 1.0\n")
+    node.ctl("reload")
+    (stuck,) = node.pids("storage")
+    with DeadMount(node.state) as dead:
+        with pytest.raises(grpc.RpcError):
+            node.images.ImageFsInfo(pb.ImageFsInfoRequest(), timeout=0.5)
+        assert dead.asked.is_set()
+        kernel.umount(str(dead.directory), kernel.MNT_DETACH)  # for others the disk is back
+        (other,) = wait_for(lambda: [pid for pid in node.pids("storage") if pid != stuck], "there is another")
+        come_and_go(client)
+        states = {worker.pid: worker for worker in node.workers() if worker.kind == "storage"}
+        assert (states[stuck].state, states[other].state) == ("stuck", "ready")
+        assert states[stuck].doing.startswith("in an uninterruptible sleep")
+        log = (node.root / "daemon.log").read_text()
+        assert 'msg="worker hangs in the kernel and is left behind" kind=storage' in log
+    wait_for(lambda: not Path(f"/proc/{stuck}").exists(), "the kernel lets it go")
+    wait_for(lambda: [w.pid for w in node.workers() if w.kind == "storage"] == [other], "nobody is stuck")
+    come_and_go(client)
     wait_for(lambda: not node.leftovers(), "nothing is left")

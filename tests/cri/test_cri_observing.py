@@ -218,6 +218,16 @@ def test_conditions_say_within_a_second_what_the_trouble_is(client: Client) -> N
     assert worker.reason == "WorkerFailed"
     assert worker.message.startswith("worker storage is in state backoff (last death: signal 9")
     wait_for(lambda: not troubles(node), "it is over", 10.0)
+    for kind, condition in (("storage", "RuntimeReady"), ("network", "NetworkReady")):
+        (pid,) = node.pids(kind)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            (hung,) = troubles(node)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert (hung.type, hung.reason) == (condition, f"{kind.capitalize()}WorkerUnavailable")
+        assert hung.message.startswith(f"the {kind} worker does not answer")
+        wait_for(lambda: not troubles(node), "it is over", 10.0)
 
 
 def troubles(node: Node) -> list[pb.RuntimeCondition]:

@@ -8,7 +8,7 @@ import msgspec
 
 from ipc.cri import api_pb2 as pb
 from ipc.errors import RemoteError
-from ipc.messages import network, supervisor
+from ipc.messages import network, storage, supervisor
 from ipc.messages.supervisor import HostInfo, RuntimeInfo, WorkerState
 from ipc.settings import CriSettings
 from workers.cri.node import Node
@@ -16,11 +16,13 @@ from workers.cri.node import Node
 RUNTIME_NAME = "bulkhead"
 KUBELET_API_VERSION = "0.1.0"  # what Version has answered since CRI began
 CRI_VERSION = "v1"
-#: Seconds for each question that Status asks; kubelets ask every few seconds.
-STATUS_TIMEOUT = 2.0
+#: Seconds for each question that Status asks: trouble is told within one.
+STATUS_TIMEOUT = 0.8
 #: Workers without which no pod can be run, and the states that say so.
 VITAL = ("storage", "network")
 SICK = {"backoff", "failed"}
+
+Complaint = tuple[str, str]  # reason and message of a condition
 
 
 def version(runtime_version: str) -> pb.VersionResponse:
@@ -60,19 +62,27 @@ async def status(node: Node, *, verbose: bool) -> pb.StatusResponse:
 
 
 async def _runtime_condition(node: Node) -> pb.RuntimeCondition:
-    condition = pb.RuntimeCondition(type="RuntimeReady", status=True)
+    sick, silent = await asyncio.gather(_sick_workers(node), _storage_is_silent(node))
+    reason, message = sick or silent or ("", "")
+    return pb.RuntimeCondition(type="RuntimeReady", status=not reason, reason=reason, message=message)
+
+
+async def _sick_workers(node: Node) -> Complaint | None:
     try:
-        request = supervisor.WorkerList()
-        listed = await node.peers.supervisor.call(request, timeout=STATUS_TIMEOUT)
+        listed = await node.peers.supervisor.call(supervisor.WorkerList(), timeout=STATUS_TIMEOUT)
     except RemoteError as error:
-        condition.status, condition.reason = False, "SupervisorUnavailable"
-        condition.message = f"the supervisor does not answer: {error.text}"
-        return condition
+        return "SupervisorUnavailable", f"the supervisor does not answer: {error.text}"
     sick = [worker for worker in listed.workers if worker.kind in VITAL and worker.state in SICK]
-    if sick:
-        condition.status, condition.reason = False, "WorkerFailed"
-        condition.message = "; ".join(map(_complaint, sick))
-    return condition
+    return ("WorkerFailed", "; ".join(map(_complaint, sick))) if sick else None
+
+
+async def _storage_is_silent(node: Node) -> Complaint | None:
+    """One that hangs is not sick yet: the supervisor waits longer before it kills."""
+    try:
+        await node.peers.storage.call(storage.FsInfoGet(), timeout=STATUS_TIMEOUT)
+    except RemoteError as error:
+        return "StorageWorkerUnavailable", f"the storage worker does not answer: {error.text}"
+    return None
 
 
 def _complaint(worker: WorkerState) -> str:

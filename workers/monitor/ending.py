@@ -1,9 +1,9 @@
 """Runs in: the monitor.
 
-The end of a container, in this order: kill what its groups still hold, drain its output, bring the log to the
-disk, write the exit record, delete the runtime's state, tell whoever waits, remove its groups. The record is
-on disk before anybody is told. A runtime that cannot delete is asked again; when it never can, the record
-says so.
+The end of a container, in this order: kill what its groups still hold, drain its output, write the exit
+record, tell whoever waits, bring the log to the disk, delete the runtime's state, remove its groups. The
+record is on disk and the log is whole before anybody is told; nobody has to wait for what comes then. A
+runtime that cannot delete is asked again; when it never can, the record says so.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class Ending:
         self._record: ExitRecord | None = None
         self._tell = tell
         self._over = over
-        self._told = False
         self._drain: Drain | None = None
         self._kill(0)
 
@@ -93,9 +92,11 @@ class Ending:
     def _drained(self) -> None:
         for stream in self._remains.streams:
             stream.finish()
-        self._remains.file.close()
+        self._remains.file.finish()
         self._record = self._make_record(self._remains.oom.kills())
         self._save()
+        self._tell(self._record)
+        self._remains.file.close()
         self._delete(0)
 
     def _save(self) -> None:
@@ -122,7 +123,6 @@ class Ending:
     def _failed(self, attempt: int, why: str) -> None:
         self._log.warning("runtime state cannot be deleted", attempt=attempt + 1, error=why)
         if attempt < len(DELETE_DELAYS):
-            self._tell_once()
             self._loop.call_later(DELETE_DELAYS[attempt], lambda: self._delete(attempt + 1))
         else:
             self._give_up(why)
@@ -136,14 +136,7 @@ class Ending:
         self._save()
         self._finish()
 
-    def _tell_once(self) -> None:
-        assert self._record is not None
-        if not self._told:
-            self._told = True
-            self._tell(self._record)
-
     def _finish(self) -> None:
         self._remains.oom.close()
         self._remains.cgroups.remove()
-        self._tell_once()
         self._over()

@@ -197,11 +197,15 @@ class LogFile:
 
     def replace(self, fd: int) -> None:
         """Go on in another file, between two records. Takes it over."""
-        if self._torn:
-            self._finish_torn()
+        self.finish()
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = fd
+
+    def finish(self) -> None:
+        """Write what is left of a record that is half in the file, or drop it."""
+        if self._torn:
+            self._finish_torn()
 
     def _finish_torn(self) -> None:
         torn, self._torn = self._torn, b""
@@ -213,8 +217,7 @@ class LogFile:
         """Bring the file to the disk and close it. Trouble is logged."""
         if self._fd < 0:
             return
-        if self._torn:
-            self._finish_torn()
+        self.finish()
         try:
             os.fsync(self._fd)
         except OSError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ipc.cri import api_pb2 as pb
 from supervisor.settings import FIXED_UIDS
 from tests.packaging.inside.node import (
     LIBRARY,
@@ -107,6 +108,28 @@ def case_a_kill_of_the_whole_service_leaves_containers_running(
 ) -> None:
     restarted(node, "systemctl", "kill", "-s", "KILL", "bulkhead")
     survivor.check()
+
+
+def case_a_kill_of_the_service_and_a_monitor_together_loses_nothing(node: InstalledNode) -> None:
+    """systemd has kept what the monitor's successor needs."""
+    other = Survivor(node)
+    assert int(node.property("NFileDescriptorStore")) >= 1
+    directory = Path("/run/bulkhead/monitors") / other.container_id
+    monitor = (directory / "lock").read_text().split()[0]
+    restarted(node, "sh", "-c", f"systemctl kill -s KILL bulkhead && kill -KILL {monitor}")
+    node.wait_answering()
+    wait_for(lambda: (directory / "lock").read_text().split()[0] != monitor, "a successor")
+    assert node.pid(other.container_id) == other.pid
+    wait_for(lambda: any("may be missing here" in line for line in other.lines()), "it says so")
+    had = len(other.lines())
+    wait_for(lambda: len(other.lines()) > had + 2, "it logs on")
+    numbers = [int(line) for line in other.lines() if line.isdigit()]
+    assert numbers == sorted(set(numbers))
+    assert "output_lost" not in json.loads((directory / "state.json").read_text())
+    kept = int(node.property("NFileDescriptorStore"))
+    node.runtime.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=other.pod_id), timeout=60)
+    node.runtime.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=other.pod_id), timeout=60)
+    wait_for(lambda: int(node.property("NFileDescriptorStore")) == kept - 1, "what nobody needs is not kept")
 
 
 def case_an_upgrade_leaves_containers_running(node: InstalledNode, survivor: Survivor) -> None:
