@@ -27,9 +27,7 @@ from supervisor.worker import Ground
 FIRST_TIMEOUT = 10.0  # seconds until the first answer, for which it makes itself ready
 ANSWER_TIMEOUT = 2.0  # seconds until any other; the supervisor waits for it, and so does everybody else
 LAST_WORD = 1.0  # seconds that a child has which was asked just before its nursery was killed
-REST = (
-    0.15  # seconds after a request, when the next child is forked: others are busy with this one until then
-)
+REST = 0.1  # seconds after a request, when the next child is forked: others are busy with this one until then
 HURRY = b"."  # a request for a child to be forked now
 WORDS_LIMIT = 4096
 _PID_LIMIT = 16

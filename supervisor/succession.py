@@ -129,7 +129,7 @@ class Succession:
             self._succeed(container_id, ward)
         elif ward.pidfd >= 0:
             self._ground.loop.add_reader(ward.pidfd, lambda: self._stranger_ended(container_id, ward))
-        elif os.path.lexists(f"{self._root}/{container_id}/{EXIT}"):
+        elif self._is_over(container_id):
             self.forget(container_id)
         else:
             self.died(container_id)
@@ -218,6 +218,12 @@ class Succession:
         except OSError as error:
             self._ground.log.error("exit code not written", container=container_id, code=code, why=error)
 
+    def _is_over(self, container_id: str) -> bool:
+        """True if a monitor has nothing left to do: its record is there, and the runtime's state is not."""
+        root = self._state(container_id).get("runtime_root", "")
+        ended = os.path.lexists(f"{self._root}/{container_id}/{EXIT}")
+        return ended and not (root and os.path.lexists(f"{root}/{container_id}"))
+
     def _state(self, container_id: str) -> dict[str, Any]:
         with (
             contextlib.suppress(OSError, ValueError),
@@ -276,7 +282,7 @@ class Succession:
         stored_fd = self._stored.pop(container_id, -1)
         if stored_fd >= 0:
             self._admit(container_id, stored_fd)
-        elif os.path.lexists(f"{directory}/{STATE}") and not os.path.lexists(f"{directory}/{EXIT}"):
+        elif os.path.lexists(f"{directory}/{STATE}") and not self._is_over(container_id):
             self._admit(container_id, vault.make())
             with self._listen(directory) as listener:
                 vault.put(self._wards[container_id].vault_fd, vault.LISTENER, fds=[listener.fileno()])
@@ -293,8 +299,7 @@ class Succession:
     def _stranger_ended(self, container_id: str, ward: Ward) -> None:
         status = kernel.pidfd_exit_status(ward.pidfd)
         self._unwatch(ward)
-        ended = os.path.lexists(f"{self._root}/{container_id}/{EXIT}")
-        if status == 0 or (status is None and ended):
+        if status == 0 or (status is None and self._is_over(container_id)):
             self.forget(container_id)
             return
         self._ground.log.error("monitor died", container=container_id, status=status)

@@ -437,6 +437,7 @@ class Containers:
                 if error.code is not Code.FAILED_PRECONDITION or time.monotonic() > end:
                     raise
             await self._end_monitor(container)  # its last words come a moment before its end
+            await self._watcher.outlive(container.id, end - time.monotonic())
             await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_LEAVING)
 

@@ -9,6 +9,7 @@ a record it has ended, with an unknown code.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 
@@ -112,6 +113,11 @@ class Watcher:
                 return self.record(container, exit_)
             await asyncio.sleep(POLL)
         self._ended.pop(container.id, None)
+
+    async def outlive(self, container_id: str, timeout: float) -> None:
+        """Wait for the end of a monitor that is about to end, at most `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._follow(container_id), timeout)
 
     async def _follow(self, container_id: str) -> bool:
         """Wait for the end of the monitor; False if there is none.

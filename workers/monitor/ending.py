@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # only keepers load it (workers/monitor/main.py, prepare_proc
 KILL_DELAYS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds
 DELETE_DELAYS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds before each further try
 DELETE_TIMEOUT = 30.0
+STAND_BACK = 0.01  # seconds for those who were told, before what nobody awaits takes the processors
 
 
 @dataclass
@@ -96,6 +97,9 @@ class Ending:
         self._record = self._make_record(self._remains.oom.kills())
         self._save()
         self._tell(self._record)
+        self._loop.call_later(STAND_BACK, self._tidy_up)
+
+    def _tidy_up(self) -> None:
         self._remains.file.close()
         self._delete(0)
 

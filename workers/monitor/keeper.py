@@ -115,7 +115,9 @@ class Keeper:
         streams, link, size = self.streams, self.link.fileno(), READ_BYTES
         poller.register(listener, EPOLLIN)
         poller.register(link, EPOLLIN)
-        if inherit is not None:
+        if inherit is None:
+            self._fork()  # whoever wanted it is about to connect
+        else:
             inherit()
         while not self.finished_ns:
             events = poller.poll(-1 if self.taken else UNUSED)

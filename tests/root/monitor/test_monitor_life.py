@@ -183,10 +183,12 @@ def test_delete_before_create_just_ends_the_monitor(crun: MonitorProcess) -> Non
     assert crun.exit_record() is None
 
 
-def test_the_record_is_on_disk_before_anyone_is_told(mon: MonitorProcess) -> None:
-    mon.sh("exit 5")
+def test_record_and_log_are_there_before_anyone_is_told(mon: MonitorProcess) -> None:
+    mon.sh("printf last; exit 5")
     told = mon.client().call(messages.Wait()).exit
     assert mon.exit_record() == told
+    assert mon.log_text() == b"last"
+    assert mon.wait_monitor() == 0
     assert list(mon.runtime_root.glob(mon.id)) == []
 
 
