@@ -8,6 +8,7 @@ the end that a death brings at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -26,8 +27,9 @@ def sever(pid: int) -> int:
     pidfd = os.pidfd_open(pid)
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-                severed += _shut(kernel.pidfd_getfd(pidfd, int(name)))
+            with contextlib.suppress(OSError):  # another thread, which does end, had closed it
+                if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
+                    severed += _shut(kernel.pidfd_getfd(pidfd, int(name)))
     finally:
         os.close(pidfd)
     return severed

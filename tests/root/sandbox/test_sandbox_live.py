@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -112,8 +113,9 @@ def sockets_of(pid: int) -> set[str]:
     """Inodes of a process's sockets."""
     found = set()
     for name in os.listdir(f"/proc/{pid}/fd"):
-        match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}"))
-        found |= {match.group(1)} if match else set()
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/{pid}/fd/{name}"))
+            found |= {match.group(1)} if match else set()
     return found
 
 
