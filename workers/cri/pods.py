@@ -119,7 +119,7 @@ class Pods:
         return pod.id
 
     async def _set_up(self, pod: Pod) -> None:
-        steps = [self._set_up_files(pod), self._set_up_network(pod), self._note_parent(pod)]
+        steps = [self._set_up_network(pod), self._set_up_files(pod), self._note_parent(pod)]  # longest first
         if pod.record.pause_image:
             await together(*steps, self._sandboxes.need_image(pod.record.pause_image))
             await self._sandboxes.run(pod)
