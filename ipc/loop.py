@@ -12,7 +12,6 @@ import itertools
 import os
 import selectors
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -59,7 +58,7 @@ class Loop:
         self._soon: deque[Callback] = deque()
         self._order = itertools.count()
         self._signals: dict[int, Callback] = {}
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._wakeup: tuple[int, int] | None = None
         self._stopped = False
 
     @staticmethod
@@ -129,21 +128,23 @@ class Loop:
 
     # -- signals and children ---------------------------------------------------------------------------
 
-    def on_signal(self, number: int, callback: Callback) -> None:
-        """Call `callback` from the loop when the signal came. Several of one kind may become one call."""
+    def on_signal(self, number: int, callback: Callback, *, handled: bool = False) -> None:
+        """Call `callback` from the loop when the signal came. Several of one kind may become one call.
+
+        `handled`: it has a handler already; to set one touches 50 pages, which counts in a fork.
+        """
         if self._wakeup is None:
-            self._wakeup = socket.socketpair()
-            for end in self._wakeup:
-                end.setblocking(False)
-            signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
-            self.add_reader(self._wakeup[0].fileno(), self._drain_signals)
+            self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+            self.add_reader(self._wakeup[0], self._drain_signals)
         self._signals[number] = callback
-        signal.signal(number, _nothing)
+        if not handled:
+            signal.signal(number, _nothing)
 
     def _drain_signals(self) -> None:
         assert self._wakeup is not None
         with contextlib.suppress(BlockingIOError):
-            for number in dict.fromkeys(self._wakeup[0].recv(4096)):
+            for number in dict.fromkeys(os.read(self._wakeup[0], 4096)):
                 callback = self._signals.get(number)
                 if callback is not None:
                     callback()
@@ -209,7 +210,7 @@ class Loop:
         if self._wakeup is not None:
             signal.set_wakeup_fd(-1)
             for end in self._wakeup:
-                end.close()
+                os.close(end)
 
     def abandon(self) -> None:
         """In a forked child: drop the parent's epoll descriptor without touching what it watches."""

@@ -157,9 +157,16 @@ class Cgroups:
 
 
 def _tree(root: str) -> Iterator[str]:
-    if root:
-        for path, _, _ in os.walk(root):
-            yield path
+    """A group and then those below it; nothing if it is not there."""
+    if not root:
+        return
+    try:
+        below = [entry.path for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    yield root
+    for path in below:
+        yield from _tree(path)
 
 
 def _pids(path: str) -> list[int]:

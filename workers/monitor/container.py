@@ -359,8 +359,8 @@ class Container:
             raise precondition(f"container {self.container_id} is not created")
         self.wait(answer)
         if self.status in (Status.STARTING, Status.RUNNING):
-            self._log.info("container is being stopped", signal=number, grace=grace)
             self._stopper.request(number, grace)
+            self._log.info("container is being stopped", signal=number, grace=grace)
         else:
             self._end_unstarted()
 

@@ -28,6 +28,7 @@ from workers.monitor.link import Taken
 FIRST_WAIT = 1.0  # seconds for the connection it was forked for; it may be gone again
 LAST_WORDS = 3.0  # seconds after the end for those who attached to take what waits for them
 _ROOM = socket.CMSG_SPACE(4 * 4)
+_RECORD = msgspec.json.Decoder(ExitRecord)
 PATIENCE = 20  # seconds that its loop may stand still (a path on a dead mount, say) before the kernel ends it
 
 
@@ -60,7 +61,7 @@ class KeeperLink:
         elif kind == k.ENDED:
             self._container.init_ended()
         elif kind == k.RECORD:
-            self._container.tell(msgspec.json.decode(rest, type=ExitRecord))
+            self._container.tell(_RECORD.decode(rest))
         elif kind in (k.OVER, b""):
             self.over = True
 

@@ -63,9 +63,7 @@ class LastAct:
         self._begun = False
         self._record: ExitRecord | None = None
         self._over = False
-        state = records.read_state(directory)
-        assert state is not None, "what was created has a state record"
-        self._state: StateRecord = state
+        self._state: StateRecord  # as it is when the end may go on
 
     def play(self) -> None:
         """To the end."""
@@ -167,8 +165,9 @@ class LastAct:
         if self._begun:
             return
         self._begun = True
-        self._state = records.read_state(self._directory) or self._state
-        keeper, state = self._keeper, self._state
+        state = records.read_state(self._directory)
+        assert state is not None, "what was created has a state record"
+        keeper, self._state = self._keeper, state
         cgroups = Cgroups(state.cgroups)
         oom = OomWatch(cgroups.memory, state.cgroup_version)
         oom.seen, oom.others = keeper.oom.seen, keeper.oom.others
@@ -234,11 +233,11 @@ class LastAct:
     def _tell(self, record: ExitRecord) -> None:
         self._record = record
         self._keeper.end_feed()
-        self._log.info("container ended", exit_code=record.exit_code, reason=record.reason)
         if self._container is not None:
             self._container.tell(record)
         else:
             self._say(k.RECORD + msgspec.json.encode(record))
+        self._log.info("container ended", exit_code=record.exit_code, reason=record.reason)
 
     def _end(self) -> None:
         self._over = True

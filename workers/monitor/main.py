@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ipc import kernel, pools, wire
 from ipc.errors import RemoteError
-from ipc.kernel import PR_SET_CHILD_SUBREAPER, bare_prctl
+from ipc.kernel import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, bare_prctl
 from ipc.log import Log
 from ipc.loop import Loop
 from ipc.messages import Body, Empty
@@ -35,7 +35,7 @@ from workers.monitor.lastact import LastAct
 from workers.monitor.link import Link
 from workers.monitor.procfs import signal_number
 from workers.monitor.reaper import Reaper
-from workers.monitor.runtime import Launcher, OomScore
+from workers.monitor.runtime import Launcher, OomScore, environment
 from workers.monitor.sealed import Sealed
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ class Monitor:
         self.names: Sequence[str] = ("", "", "", "")  # kind, container, pod, directory
         self._normal_score = normal_score
         self._sealed = sealed
+        self._environment = environment(os.environ)
 
     def _begin(self, keeper: Keeper) -> None:
         gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
@@ -271,7 +272,9 @@ class Monitor:
     def _serve_as_hand(self, keeper: Keeper) -> None:
         self._begin(keeper)
         monitor_pid = os.getppid()
-        kernel.die_with_parent(signal.SIGKILL, monitor_pid)
+        bare_prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != monitor_pid:
+            return
         signal.set_wakeup_fd(-1)
         log_fds = {sys.stderr.fileno(), self._context.log.fileno()}
         shared = {self._listener.fileno(), keeper.hands_link.fileno(), keeper.vault, *self._sealed.fds}
@@ -310,7 +313,8 @@ class Monitor:
             server.close()
 
     def _launcher(self, loop: Loop) -> Launcher:
-        return Launcher(loop, Reaper(loop), self._normal_score, self._sealed)
+        reaper = Reaper(loop, handled=True)
+        return Launcher(loop, reaper, self._normal_score, self._sealed, self._environment)
 
     def _container(self, loop: Loop, launcher: Launcher, link: Link, monitor_pid: int) -> Container:
         return Container(

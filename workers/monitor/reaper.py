@@ -18,14 +18,14 @@ Ended = Callable[[int], object]
 
 
 class Reaper:
-    """Children by pid. Codes are -N for signal N."""
+    """Children by pid. Codes are -N for signal N. `handled`: SIGCHLD has a handler (Loop.on_signal)."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, *, handled: bool = False) -> None:
         self._loop = loop
         self._claims: dict[int, Ended] = {}
         self._unclaimed: dict[int, int] = {}
         self._expecting = 0
-        loop.on_signal(signal.SIGCHLD, self.reap)
+        loop.on_signal(signal.SIGCHLD, self.reap, handled=handled)
         loop.call_soon(self.reap)  # what ended before that was in place told nobody
 
     def claim(self, pid: int, ended: Ended) -> None:

@@ -59,6 +59,10 @@ class StateRecord(Body):
     init_program: str = ""  # procfs.program of what executes the container's command
 
 
+#: Made once, before the forks: what makes them touches many pages, and a monitor has few of its own.
+_STATE, _EXIT = msgspec.json.Decoder(StateRecord), msgspec.json.Decoder(ExitRecord)
+
+
 def exit_reason(code: int, *, oom_kills: int) -> str:
     """Return the CRI's word for an end with `code`."""
     if code == 0:
@@ -75,7 +79,7 @@ def read_state(directory: str) -> StateRecord | None:
     """Return the state record, None if there is none. Raises OSError, msgspec.DecodeError."""
     try:
         with open(os.path.join(directory, STATE), "rb") as file:
-            return msgspec.json.decode(file.read(), type=StateRecord)
+            return _STATE.decode(file.read())
     except FileNotFoundError:
         return None
 
@@ -94,7 +98,7 @@ def read_exit(directory: str) -> ExitRecord | None:
     """Return the exit record, None if there is none. Raises OSError, msgspec.DecodeError."""
     try:
         with open(os.path.join(directory, EXIT), "rb") as file:
-            return msgspec.json.decode(file.read(), type=ExitRecord)
+            return _EXIT.decode(file.read())
     except FileNotFoundError:
         return None
 

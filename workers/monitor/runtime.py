@@ -185,16 +185,22 @@ class Streams:
 
 
 class Launcher:
-    """Starts runtime calls. One per process; `normal_score` as OomScore has it."""
+    """Starts runtime calls. One per process; `normal_score` as OomScore has it; `given` is what
+    `environment` returns."""
 
     def __init__(
-        self, loop: Loop, reaper: Reaper, normal_score: int | None = None, sealed: Sealed | None = None
+        self,
+        loop: Loop,
+        reaper: Reaper,
+        normal_score: int | None = None,
+        sealed: Sealed | None = None,
+        given: Mapping[str, str] | None = None,
     ) -> None:
         self.loop = loop
         self.reaper = reaper
         self._oom = OomScore(normal=normal_score)
         self._null_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        self._environment = environment(os.environ)
+        self._environment = environment(os.environ) if given is None else given
         self._sealed = sealed or Sealed()
 
     def call(
