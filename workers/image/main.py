@@ -231,7 +231,7 @@ def prepare(context: boot.Context[ImageSettings]) -> State:
     assert all(_PRELOADED)
     urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)  # registries.conf says so
     socket.getaddrinfo("localhost", 443, type=socket.SOCK_STREAM)
-    ssl.create_default_context()
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # OpenSSL's own; authorities take 30 ms, and may be read later
     certificates = Certificates(context.settings.certs_dirs)
     certificates.preload()
     return State(
