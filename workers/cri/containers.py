@@ -344,7 +344,7 @@ class Containers:
 
     async def _stop(self, container: Container, grace: float) -> None:
         detail = {"grace": str(grace)}
-        self._store.begin(container.id, "container.stop", detail)
+        self._store.begin_ending(container.id, "container.stop", detail)
         signal = container.record.stop_signal if grace else "SIGKILL"
         request = monitor.Stop(signal=signal, grace_ms=int(grace * 1000))
         end = time.monotonic() + grace + self._node.settings.stop_timeout
@@ -395,7 +395,7 @@ class Containers:
     async def _remove(self, container: Container) -> None:
         if container.id not in self._store.containers or container.phase is Phase.GONE:
             return
-        self._store.begin(container.id, "container.remove")
+        self._store.begin_ending(container.id, "container.remove")
         await self._stop(container, 0)
         await self._node.plugins.remove(container)
         container.record.phase = Phase.GONE

@@ -214,7 +214,7 @@ class Pods:
     async def _stop(self, pod: Pod) -> None:
         if pod.record.released or pod.phase is Phase.GONE:
             return
-        self._store.begin(pod.id, "pod.stop")
+        self._store.begin_ending(pod.id, "pod.stop")
         pod.record.phase = Phase.STOPPED  # from here on no container is made or started in it
         self._store.save_pod(pod)
         await self._end_creations(pod)
@@ -262,7 +262,7 @@ class Pods:
     async def _remove(self, pod: Pod) -> None:
         if pod.id not in self._store.pods:
             return
-        self._store.begin(pod.id, "pod.remove")
+        self._store.begin_ending(pod.id, "pod.remove")
         await self._stop_joined(pod)
         await self._of_all_containers(pod, self._remove_container)
         await self._node.plugins.remove_pod(pod)

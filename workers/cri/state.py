@@ -430,6 +430,16 @@ class Store:
         with database.writing():
             self._db.execute("INSERT OR REPLACE INTO intents VALUES (?, ?, ?, ?)", row)
 
+    def begin_ending(self, subject: str, kind: str, detail: dict[str, str] | None = None) -> None:
+        """As `begin`, of what gives room back: a full disk must not keep it from that.
+
+        Without its intent the next cri does not finish it by itself, but for whoever asks again.
+        """
+        try:
+            self.begin(subject, kind, detail)
+        except RemoteError as error:
+            log.get().warning("an intent is not written", id=subject, intent=kind, why=error.text)
+
     def end(self, subject: str, kind: str) -> None:
         """Drop an intent."""
         self._save(subject, kind)

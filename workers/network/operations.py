@@ -8,6 +8,7 @@ raised, or kills the child, makes the worker tear down what was begun.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -200,7 +201,8 @@ def _remove(places: Places, pod_id: str) -> None:
         record = records.load(pod_id)
         if record is not None and record.state != REMOVING:
             record = msgspec.structs.replace(record, state=REMOVING)
-            records.save(record)
+            with contextlib.suppress(OSError):  # a full disk: removal is what helps
+                records.save(record)
         _clear(places, pod_id, record, lock.fd)
 
 
