@@ -34,7 +34,10 @@ def fill(node: Node) -> None:
     status = os.statvfs(node.run_root)
     used = (status.f_blocks - status.f_bfree) * status.f_frsize
     kernel.mount("run", str(node.run_root), "tmpfs", kernel.MS_REMOUNT, f"size={used + CHUNK}")
-    with pytest.raises(OSError, match="No space"), (node.run_root / "ballast").open("wb", buffering=0) as file:
+    with (
+        pytest.raises(OSError, match="No space"),
+        (node.run_root / "ballast").open("wb", buffering=0) as file,
+    ):
         while True:
             file.write(bytes(4096))
 
