@@ -142,28 +142,29 @@ def _strike(
     if blow.step.call == BIRTH:
         acting = pool.submit(_act, world, operation, subject, blow)
         return _at_its_birth(world, blow, subject, acting), acting
-    with _at_its_step(blow, pid):
+    with _at_its_step(blow, pid) as strace:
         acting = pool.submit(_act, world, operation, subject, blow)
         if not blow.step.call:
             time.sleep(blow.step.delay)
             os.kill(pid, blow.signal)
         while not (struck := _struck(pid, blow.signal)) and not acting.done():
             time.sleep(0.002)
-    if not blow.step.call:
-        wait_for(lambda: _struck(pid, blow.signal), "the signal is delivered")
+    # It may be delivered when all is done: what is said to be done has an end behind the answer.
+    if strace is None or blow.signal.name in strace.text:
+        wait_for(lambda: struck or _struck(pid, blow.signal), "the signal is delivered")
         return pid, acting
     # Who is being let go by strace looks neither stopped nor running for a moment: what was seen counts.
     return pid if struck or _struck(pid, blow.signal) else 0, acting
 
 
 @contextlib.contextmanager
-def _at_its_step(blow: Blow, pid: int) -> Iterator[None]:
+def _at_its_step(blow: Blow, pid: int) -> Iterator[Strace | None]:
     if blow.step.call:
         what = f"signal={blow.signal.name}"
-        with Strace(pid, what, nth=blow.step.nth, calls=blow.step.call, follow=False):
-            yield
+        with Strace(pid, what, nth=blow.step.nth, calls=blow.step.call, follow=False) as strace:
+            yield strace
     else:
-        yield
+        yield None
 
 
 def _at_its_birth(world: World, blow: Blow, subject: str, acting: Future[object]) -> int:
