@@ -7,6 +7,7 @@ subject is "name pod container" as far as there is each.
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -28,6 +29,10 @@ class SessionRefused(Exception):
 
 class SessionBroken(Exception):
     """A session ended before its command did."""
+
+
+class CommandStruck(Exception):
+    """A signal ended the command of an exec: the runtime's child that was struck had become it."""
 
 
 @dataclass
@@ -180,7 +185,10 @@ def _exec(world: World, subject: str) -> object:
     request = cri.ExecSyncRequest(
         container_id=subject.split()[2], cmd=["sh", "-c", "echo in; sleep 0.1; echo out"], timeout=20
     )
-    return world.node.runtime.ExecSync(request, timeout=30).stdout
+    answer = world.node.runtime.ExecSync(request, timeout=30)
+    if answer.exit_code in (128 + signal.SIGKILL, 128 + signal.SIGSEGV):
+        raise CommandStruck(answer.exit_code)
+    return answer.stdout
 
 
 def _exec_said(_world: World, _subject: str, result: object) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 
 from tests.crash.crash_world import AWAY, World
-from tests.crash.operations import SessionBroken, SessionRefused
+from tests.crash.operations import CommandStruck, SessionBroken, SessionRefused
 from tests.support.daemon import alive, wait_for
 
 #: What a call answers whose work was cut off in the middle, and which can be made again.
@@ -50,7 +50,7 @@ VICTIMS = {
     "stream": Victim(errors=SESSIONS),
     "storage job": Victim(CUT),
     "network job": Victim(CUT),
-    "runtime": Victim(CUT | {grpc.StatusCode.FAILED_PRECONDITION}, SESSIONS, costs=True),
+    "runtime": Victim(CUT | {grpc.StatusCode.FAILED_PRECONDITION}, (*SESSIONS, CommandStruck), costs=True),
     "hand": Victim(CUT, SESSIONS),
     "monitor": Victim(CUT, SESSIONS),
     "cri": Victim(AWAY, (SessionRefused,)),
