@@ -310,7 +310,7 @@ def test_hooks_run_in_every_stage(kubelet: Kubelet, handler: str) -> None:
     said = write_hook(kubelet, "all", {"always": True}, STAGES)
     container_id = kubelet.running(handler)
     kubelet.remove(container_id)
-    assert said.read_text().split() == STAGES
+    wait_for(lambda: said.read_text().split() == STAGES, "the last ones too, behind the answer")
 
 
 def test_hooks_are_chosen_by_annotations_commands_and_bind_mounts(kubelet: Kubelet) -> None:

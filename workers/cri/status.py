@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from ipc.cri import api_pb2 as pb
-from ipc.errors import RemoteError
+from ipc.errors import Code, RemoteError
 from ipc.messages import network, storage, supervisor
 from ipc.messages.supervisor import HostInfo, RuntimeInfo, WorkerState
 from ipc.settings import CriSettings
@@ -18,6 +18,7 @@ KUBELET_API_VERSION = "0.1.0"  # what Version has answered since CRI began
 CRI_VERSION = "v1"
 #: Seconds for each question that Status asks: trouble is told within one.
 STATUS_TIMEOUT = 0.8
+PLUGIN_TIMEOUT = 2.0  # as long as the plugins have to say whether they are ready, if network is there
 #: Workers without which no pod can be run, and the states that say so.
 VITAL = ("storage", "network")
 SICK = {"backoff", "failed"}
@@ -90,15 +91,35 @@ def _complaint(worker: WorkerState) -> str:
 
 
 async def _network_condition(node: Node) -> pb.RuntimeCondition:
-    condition = pb.RuntimeCondition(type="NetworkReady", status=True)
+    asking = asyncio.create_task(_network_state(node))
+    silent = await _network_is_silent(node)
+    if silent:
+        asking.cancel()
+        return pb.RuntimeCondition(type="NetworkReady", status=False, reason=silent[0], message=silent[1])
+    state = await asking
+    return pb.RuntimeCondition(
+        type="NetworkReady", status=state.ready, reason=state.reason, message=state.message
+    )
+
+
+async def _network_is_silent(node: Node) -> Complaint | None:
+    """Asked for something that no plugin has to be asked for."""
     try:
-        state = await node.peers.network.call(network.StatusGet(), timeout=STATUS_TIMEOUT)
+        await node.peers.network.call(network.PodList(), timeout=STATUS_TIMEOUT)
     except RemoteError as error:
-        condition.status, condition.reason = False, "NetworkWorkerUnavailable"
-        condition.message = f"the network worker does not answer: {error.text}"
-        return condition
-    condition.status, condition.reason, condition.message = state.ready, state.reason, state.message
-    return condition
+        return "NetworkWorkerUnavailable", f"the network worker does not answer: {error.text}"
+    return None
+
+
+async def _network_state(node: Node) -> network.NetworkState:
+    try:
+        return await node.peers.network.call(network.StatusGet(), timeout=PLUGIN_TIMEOUT)
+    except RemoteError as error:
+        if error.code is Code.DEADLINE_EXCEEDED:
+            reason, message = "NetworkPluginUnknown", "the CNI plugins have not said whether they are ready"
+        else:
+            reason, message = "NetworkWorkerUnavailable", "the network worker does not answer"
+        return network.NetworkState(ready=False, reason=reason, message=f"{message}: {error.text}")
 
 
 async def _host(node: Node) -> HostInfo | None:
