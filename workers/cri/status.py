@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 
 from ipc.cri import api_pb2 as pb
 from ipc.errors import Code, RemoteError
-from ipc.messages import network, storage, supervisor
+from ipc.messages import Request, network, storage, supervisor
 from ipc.messages.supervisor import HostInfo, RuntimeInfo, WorkerState
 from ipc.settings import CriSettings
 from workers.cri.node import Node
+from workers.cri.peers import Peer
 
 RUNTIME_NAME = "bulkhead"
 KUBELET_API_VERSION = "0.1.0"  # what Version has answered since CRI began
@@ -63,7 +65,9 @@ async def status(node: Node, *, verbose: bool) -> pb.StatusResponse:
 
 
 async def _runtime_condition(node: Node) -> pb.RuntimeCondition:
-    sick, silent = await asyncio.gather(_sick_workers(node), _storage_is_silent(node))
+    # One that hangs is not sick yet: the supervisor waits longer before it kills.
+    asked = _silence("storage", node.peers.storage, storage.FsInfoGet())
+    sick, silent = await asyncio.gather(_sick_workers(node), asked)
     reason, message = sick or silent or ("", "")
     return pb.RuntimeCondition(type="RuntimeReady", status=not reason, reason=reason, message=message)
 
@@ -77,12 +81,12 @@ async def _sick_workers(node: Node) -> Complaint | None:
     return ("WorkerFailed", "; ".join(map(_complaint, sick))) if sick else None
 
 
-async def _storage_is_silent(node: Node) -> Complaint | None:
-    """One that hangs is not sick yet: the supervisor waits longer before it kills."""
+async def _silence(kind: str, peer: Peer, question: Request[Any]) -> Complaint | None:
+    """What is to be said of a worker that does not answer a question for which it needs nobody else."""
     try:
-        await node.peers.storage.call(storage.FsInfoGet(), timeout=STATUS_TIMEOUT)
+        await peer.call(question, timeout=STATUS_TIMEOUT)
     except RemoteError as error:
-        return "StorageWorkerUnavailable", f"the storage worker does not answer: {error.text}"
+        return f"{kind.capitalize()}WorkerUnavailable", f"the {kind} worker does not answer: {error.text}"
     return None
 
 
@@ -91,24 +95,16 @@ def _complaint(worker: WorkerState) -> str:
 
 
 async def _network_condition(node: Node) -> pb.RuntimeCondition:
+    """Plugins may take longer than one may wait for the word of a worker that hangs."""
     asking = asyncio.create_task(_network_state(node))
-    silent = await _network_is_silent(node)
-    if silent:
+    try:
+        silent = await _silence("network", node.peers.network, network.PodList())
+        state = _unready(*silent) if silent else await asking
+    finally:
         asking.cancel()
-        return pb.RuntimeCondition(type="NetworkReady", status=False, reason=silent[0], message=silent[1])
-    state = await asking
     return pb.RuntimeCondition(
         type="NetworkReady", status=state.ready, reason=state.reason, message=state.message
     )
-
-
-async def _network_is_silent(node: Node) -> Complaint | None:
-    """Asked for something that no plugin has to be asked for."""
-    try:
-        await node.peers.network.call(network.PodList(), timeout=STATUS_TIMEOUT)
-    except RemoteError as error:
-        return "NetworkWorkerUnavailable", f"the network worker does not answer: {error.text}"
-    return None
 
 
 async def _network_state(node: Node) -> network.NetworkState:
@@ -119,7 +115,11 @@ async def _network_state(node: Node) -> network.NetworkState:
             reason, message = "NetworkPluginUnknown", "the CNI plugins have not said whether they are ready"
         else:
             reason, message = "NetworkWorkerUnavailable", "the network worker does not answer"
-        return network.NetworkState(ready=False, reason=reason, message=f"{message}: {error.text}")
+        return _unready(reason, f"{message}: {error.text}")
+
+
+def _unready(reason: str, message: str) -> network.NetworkState:
+    return network.NetworkState(ready=False, reason=reason, message=message)
 
 
 async def _host(node: Node) -> HostInfo | None:

@@ -8,7 +8,6 @@ raised, or kills the child, makes the worker tear down what was begun.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -201,8 +200,10 @@ def _remove(places: Places, pod_id: str) -> None:
         record = records.load(pod_id)
         if record is not None and record.state != REMOVING:
             record = msgspec.structs.replace(record, state=REMOVING)
-            with contextlib.suppress(OSError):  # a full disk: removal is what helps
+            try:
                 records.save(record)
+            except OSError as error:  # a full disk: removal is what helps
+                log.get().warning("a pod's removal is not written down", pod=pod_id, why=error)
         _clear(places, pod_id, record, lock.fd)
 
 
