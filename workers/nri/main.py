@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ipc.messages import nri as messages
 from ipc.release import version
@@ -63,11 +63,17 @@ def run(context: boot.Context[NriSettings], prepared: Prepared) -> None:
 async def _serve(context: boot.Context[NriSettings], prepared: Prepared) -> None:
     settings = context.settings
     plugins = Plugins(settings, prepared.version, context.log)
+    entrance = Entrance(context.extra.get("plugins"), plugins)
+
+    async def close() -> None:
+        entrance.shut()
+        await plugins.close()
+
     service = boot_aio.AioService(
         context,
         handlers(plugins, Events(plugins, settings.validator)),
         doing=plugins.doing,
-        on_stop=plugins.close,
+        on_stop=close,
     )
     bugs = Bugs(service)
     asyncio.get_running_loop().set_exception_handler(bugs)
@@ -75,41 +81,69 @@ async def _serve(context: boot.Context[NriSettings], prepared: Prepared) -> None
     await service.start()
     for launched in prepared.launched:
         await plugins.welcome(launched.sock, launched)
-    if "plugins" in context.extra:
-        accept(context.extra["plugins"], plugins)
-    idle = asyncio.create_task(_end_when_idle(settings, plugins, service))
+    entrance.open()
+    idle = asyncio.create_task(end_when_idle(settings, plugins, entrance, service))
     await service.wait()
     idle.cancel()
     bugs.raise_first()
 
 
-def accept(listener: socket.socket, plugins: Plugins) -> None:
-    """Take plugins that connect."""
-    loop = asyncio.get_running_loop()
-    listener.setblocking(False)
-    tasks: set[asyncio.Task[None]] = set()
+class Stoppable(Protocol):
+    """What ends when nobody is left."""
 
-    def readable() -> None:
+    def stop(self) -> None:
+        """Make it end."""
+
+
+class Entrance:
+    """Takes plugins that connect. While it is shut they wait in the kernel's queue, if need be for the next
+    worker."""
+
+    def __init__(self, listener: socket.socket | None, plugins: Plugins) -> None:
+        self._listener = listener
+        self._plugins = plugins
+        self._loop = asyncio.get_running_loop()
+        self._coming: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """Accept."""
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._loop.add_reader(self._listener.fileno(), self._accept, self._listener)
+
+    def shut(self) -> None:
+        """Accept no more."""
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody has been accepted who is not among the plugins yet."""
+        return bool(self._coming)
+
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPT_ONCE):
             with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
                 sock, _address = listener.accept()
-                task = loop.create_task(plugins.welcome(sock))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                task = self._loop.create_task(self._plugins.welcome(sock))
+                self._coming.add(task)
+                task.add_done_callback(self._coming.discard)
                 continue
             return
 
-    loop.add_reader(listener.fileno(), readable)
 
-
-async def _end_when_idle(settings: NriSettings, plugins: Plugins, service: boot_aio.AioService) -> None:
+async def end_when_idle(
+    settings: NriSettings, plugins: Plugins, entrance: Entrance, service: Stoppable
+) -> None:
+    """Stop the service when no plugin has been there for `idle_exit` seconds, if it may end at all."""
     if settings.needed:
         return
     last_busy = time.monotonic()
     while time.monotonic() - last_busy < settings.idle_exit:
         await asyncio.sleep(min(1.0, settings.idle_exit / 4))
-        if plugins.connected:
+        if plugins.connected or entrance.busy:
             last_busy = time.monotonic()
+    entrance.shut()  # in the same step: whoever comes from now on is the next worker's
     service.stop()
 
 
