@@ -30,10 +30,11 @@ class Heap:
         self._pause = self._wait = 0  # pings
 
     def resident(self) -> int:
-        """Bytes of memory in use, 0 if that is not to be known."""
+        """Bytes of memory of its own in use, 0 if that is not to be known."""
         if self._statm_fd < 0:
             return 0
-        return int(os.pread(self._statm_fd, 128, 0).split()[1]) * resource.getpagesize()
+        _size, resident, of_files, *_ = os.pread(self._statm_fd, 128, 0).split()
+        return (int(resident) - int(of_files)) * resource.getpagesize()
 
     def settle(self) -> bool:
         """Give back what is free, if it may be much. Returns whether it was looked for."""

@@ -27,6 +27,8 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
 RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
 
+_MADV_DONTNEED = 4
+
 #: Numbers of calls that the C library has no function for. The same on x86_64 and aarch64 since 5.x.
 SYS_OPENAT2, SYS_PIDFD_GETFD = 437, 438
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
@@ -66,6 +68,12 @@ def trim_heap() -> None:
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def drop_pages(start: int, length: int) -> None:
+    """madvise(2) with MADV_DONTNEED: unmap pages. What was written to them is lost. Raises OSError."""
+    result = _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+    _check(result, f"madvise({start:#x}, {length})")
 
 
 def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:

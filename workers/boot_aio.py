@@ -16,6 +16,7 @@ from ipc import aio
 from ipc.errors import Code, RemoteError
 from ipc.fds import FdSet
 from ipc.heap import Heap
+from ipc.mapped import Mapped
 from ipc.messages import Empty, control
 from ipc.table import Handler
 from workers.boot import HELLO_TIMEOUT, SUPERVISOR, Context, control_table, take_common
@@ -63,6 +64,7 @@ class AioService:
         self._drain = drain
         self._counters = counters or dict
         self._heap = Heap()
+        self._mapped = Mapped()
         self._stop = asyncio.Event()
         self._now = asyncio.Event()
         self._control: aio.Connection | None = None
@@ -164,6 +166,7 @@ class AioService:
     async def _ping(self, _call: aio.Call, _body: control.Ping) -> control.Health:
         counters = {**self._counters(), "served": self.server.served}  # the supervisor recycles by it
         asyncio.get_running_loop().call_soon(self._heap.settle)
+        asyncio.get_running_loop().call_soon(self._mapped.settle)
         return control.Health(requests=self.server.in_flight(), doing=self._doing(), counters=counters)
 
     async def _told_to_stop(self, _call: aio.Call, body: control.Stop) -> Empty:
