@@ -3,7 +3,7 @@
 A library with its start behind it keeps megabytes mapped that nobody will run again, and the kernel maps
 sixteen pages where one is touched. Now and then all of them are unmapped; those in use are found in the page
 cache at their next use. Looked at with health pings: no request waits for it. Workers whose libraries the
-whole family shares would save nothing.
+whole family shares would save nothing (docs/figures.md).
 """
 
 from __future__ import annotations

@@ -152,8 +152,9 @@ def _strike(
     if strace is None:
         wait_for(lambda: _struck(pid, blow.signal), "the signal is delivered")
         return pid, acting
-    if not struck and blow.signal.name in strace.text:
-        # On its way when all was done, for that has an end behind the answer; or gone with strace.
+    if not struck and (blow.step.call, blow.step.nth) in strace.steps:
+        # On its way when all was done, for that has an end behind the answer; or gone with strace, which then
+        # has not written of the signal any more.
         with contextlib.suppress(AssertionError):
             wait_for(lambda: _struck(pid, blow.signal), "the signal is delivered", 1.0)
     # Who is being let go by strace looks neither stopped nor running for a moment: what was seen counts.
