@@ -193,24 +193,3 @@ def test_a_created_container_can_be_started_and_one_that_ended_stays_as_it_was(w
     assert world.state(container) == cri.CONTAINER_RUNNING
     remove(world, pod)
     assert not alive(init)
-
-
-def test_an_end_that_was_told_is_tidied_up_though_everybody_died(world: World) -> None:
-    pod, container = running(world, "sleep 0.3; exit 3")
-    directory = world.node.run_root / "monitors" / container
-    keeper = monitor_of(world, container)
-    end = time.monotonic() + 10
-    while not (directory / "exit.json").exists():  # without a pause: what comes next takes few ms
-        assert time.monotonic() < end
-    os.kill(keeper, signal.SIGSTOP)  # as a rule before it has deleted the runtime's state
-    world.node.kill()
-    os.kill(keeper, signal.SIGKILL)
-    world.node.start()
-    wait_for(
-        lambda: not list(world.node.run_root.glob(f"runtimes/*/{container}")), "the runtime's state is gone"
-    )
-    assert status(world, container).exit_code == 3
-    wait_for(lambda: not monitor_of(world, container), "who has tidied up ends")
-    world.recovered()
-    world.check_witness()
-    remove(world, pod)

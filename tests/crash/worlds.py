@@ -56,11 +56,14 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def world_of_its_own(bridge: str = "bhcrash0", images: Served | None = None) -> Iterator[World]:
-    """A node with a witness."""
+def world_of_its_own(
+    bridge: str = "bhcrash0", images: Served | None = None, config: str = ""
+) -> Iterator[World]:
+    """A node with a witness; `config` is added to that of worlds."""
     with contextlib.ExitStack() as stack:
         images = images or stack.enter_context(served())
-        node = stack.enter_context(Node(config=CONFIG, registries=images.registries_conf, bridge=bridge))
+        config = CONFIG + config
+        node = stack.enter_context(Node(config=config, registries=images.registries_conf, bridge=bridge))
         world = World(node, images.busybox, images.larger)
         world.wake("image")
         with witnessed(world):
