@@ -15,7 +15,19 @@ import pytest
 from ipc.cri import api_pb2 as pb
 from supervisor.table import TABLE
 from tests.support.images import Served, served
-from tests.vm.inside.node import CGROUPS, MIB, SERVICE, SHELL, Node, cgroup_of, children, read, run, wait_for
+from tests.vm.inside.node import (
+    CGROUPS,
+    MIB,
+    SERVICE,
+    SHELL,
+    Node,
+    cgroup_of,
+    children,
+    processes,
+    read,
+    run,
+    wait_for,
+)
 
 SLEEP = ["sleep", "1000"]
 COUNTER = [*SHELL, "i=0; while true; do echo $i; i=$((i+1)); sleep 0.2; done"]
@@ -330,17 +342,18 @@ def case_a_pod_that_names_no_parent_has_a_place_and_leaves_none(node: Node) -> N
 
 
 def case_what_a_container_has_started_ends_with_it(node: Node) -> None:
-    """Processes of the container that are left behind when it ends are killed, and their group goes."""
+    """Processes that it leaves are dead when it is known to have stopped; its group is gone with the pod."""
     parent, place = node.parent()
     forks = [*SHELL, "(trap '' TERM; while true; do sleep 0.5; done) & exec sleep 1000"]
     pod_id, container_id = node.running(parent, forks, limits())
     group = node.group(place, container_id)
-    wait_for(lambda: len(read(group, "cgroup.procs").split()) > 1, "it has children")
+    wait_for(lambda: len(processes(group)) > 1, "it has children")
     began = time.monotonic()
     node.stop_container(container_id, 5)
     assert time.monotonic() - began < 20
-    assert children(place) == []
+    assert processes(group) == []
     node.remove_pod(pod_id)
+    assert children(place) == []
 
 
 def case_the_end_of_a_slice_is_the_end_of_its_containers(node: Node) -> None:

@@ -350,6 +350,14 @@ def make_group(path: str) -> None:
         directory.mkdir(exist_ok=True)
 
 
+def processes(group: str) -> list[int]:
+    """The processes in a group; none if there is no such group."""
+    try:
+        return [int(pid) for pid in read(group, "cgroup.procs").split()]
+    except OSError:  # ENODEV, if it went while it was read
+        return []
+
+
 def children(group: str) -> list[str]:
     """The groups below a group."""
     directory = CGROUPS / group.lstrip("/")
