@@ -23,7 +23,7 @@ from supervisor import held, podinit
 from supervisor.cgroup import parent_path
 from supervisor.files import remove_tree
 from supervisor.monitors import SHORT_ID
-from supervisor.nursery import Nursery
+from supervisor.nursery import Life, Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.worker import Ground
 
@@ -55,7 +55,7 @@ class Inits:
         self._empty = f"{run_root}/inits/.empty"
         self._starting: dict[str, list[Started]] = {}
         self._nursery = nursery
-        nursery.add("init", self._live, self._make_ready)
+        nursery.add("init", self._prepare_lives)
 
     def inherit(self) -> None:
         """Watch those that are children already: the program before this one had them forked."""
@@ -133,24 +133,25 @@ class Inits:
         self._ground.reaper.watch(pid, lambda _code: None)
         self._ground.loop.add_reader(starting.link_fd, lambda: self._forked(starting))
 
-    def _make_ready(self) -> None:
-        """In the nursery."""
-        self._program = podinit.filter_program()
+    def _prepare_lives(self) -> Life:
+        """In the nursery. Return an init's life."""
+        program = podinit.filter_program()
 
-    def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:
-        """In the nursery's child."""
-        _, pod_id, user_namespace = words
-        name = f"init {pod_id[:SHORT_ID]}"
-        log.set_log(Log(name, sink=self._ground.log_socket))
-        podinit.launch(
-            f"bulkhead: {name}",
-            self._identity,
-            self._empty,
-            self._program,
-            lock_fd=fds[0],
-            link_fd=fds[1],
-            user_namespace=user_namespace,
-        )
+        def live(words: Sequence[str], fds: Sequence[int]) -> None:
+            _, pod_id, user_namespace = words
+            name = f"init {pod_id[:SHORT_ID]}"
+            log.set_log(Log(name, sink=self._ground.log_socket))
+            podinit.launch(
+                f"bulkhead: {name}",
+                self._identity,
+                self._empty,
+                program,
+                lock_fd=fds[0],
+                link_fd=fds[1],
+                user_namespace=user_namespace,
+            )
+
+        return live
 
     def _announce(self, pod_id: str) -> Started:
         def all_of_them(answer: InitStarted | RemoteError) -> None:

@@ -22,7 +22,7 @@ from supervisor import held, spawn
 from supervisor.files import remove_tree
 from supervisor.heritage import WardRow
 from supervisor.notify import Notifier
-from supervisor.nursery import Nursery
+from supervisor.nursery import Life, Nursery
 from supervisor.sandbox.spec import Identity
 from supervisor.succession import Succession
 from supervisor.table import Entry
@@ -57,7 +57,7 @@ class Monitors:
         self._module = importlib.import_module(entry.module)  # preloaded
         self._nursery_settings = settings()
         self._nursery = nursery
-        nursery.add("monitor", self._live, self._prepare, lambda pid, fds: held.write_holder(fds[0], pid))
+        nursery.add("monitor", self._prepare, lambda pid, fds: held.write_holder(fds[0], pid))
         self._succession = Succession(ground, self._root, self._fork_successor, self._listen, notifier)
         self.adopt = self._succession.adopt
 
@@ -117,17 +117,17 @@ class Monitors:
         self._ground.log.info(event, container=container_id, pod=words[2], pid_of=pid)
         return pid
 
-    def _prepare(self) -> None:
-        """In the nursery."""
-        self._monitor_ground = self._module.prepare_process(
-            self._nursery_settings.sealed, self._ground.groups.open(self._ground.groups.monitors)
-        )
-        self._run = self._module.run
+    def _prepare(self) -> Life:
+        """In the nursery. Return a monitor's life."""
+        group_fd = self._ground.groups.open(self._ground.groups.monitors)
+        ground = self._module.prepare_process(self._context, self._nursery_settings.sealed, group_fd)
+        run, title = self._module.run, set_title
 
-    def _live(self, words: Sequence[str], fds: Sequence[int]) -> None:
-        """A monitor's life, in the child."""
-        set_title("bulkhead: monitor " + words[1][:SHORT_ID])
-        self._run(self._context, words, fds, self._monitor_ground)
+        def live(words: Sequence[str], fds: Sequence[int]) -> None:
+            title("bulkhead: monitor " + words[1][:SHORT_ID])
+            run(words, fds, ground)
+
+        return live
 
     def _context(self, container_id: str) -> spawn.WorkerContext:
         settings = self._nursery_settings

@@ -37,6 +37,9 @@ _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 #: What a child does, with the words and the two or three descriptors of its request.
 Life = Callable[[Sequence[str], Sequence[int]], object]
+#: Makes ready what all children of a kind need, in the nursery, and returns their life. A function with all
+#: that it needs around it: every attribute that it had to look up would be pages of its own to each child.
+Prepare = Callable[[], Life]
 #: What is done before a child begins: with its pid, and the descriptors.
 Birth = Callable[[int, Sequence[int]], object]
 
@@ -64,22 +67,20 @@ class Nursery:
 
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
-        self._prepares: list[Callable[[], object]] = []
-        self._lives: dict[str, Life] = {}
+        self._prepares: dict[str, Prepare] = {}
         self._births: dict[str, Birth] = {}
         self._ready = False  # it has answered once
         self._waiting = 0  # pid of the last child that has begun to wait for a request
         self._sock: socket.socket | None = None
         self.pid = 0
 
-    def add(self, kind: str, life: Life, prepare: Callable[[], object], birth: Birth = _nothing) -> None:
-        """Before the first fork: what children of a kind do, in the nursery what makes them ready, and here
-        what nobody may find undone, whoever dies: it is done before a child can begin.
+    def add(self, kind: str, prepare: Prepare, birth: Birth = _nothing) -> None:
+        """Before the first fork: what children of a kind do, and here what nobody may find undone, whoever
+        dies: it is done before a child can begin.
 
         What prepares last leaves its children the smallest.
         """
-        self._lives[kind], self._births[kind] = life, birth
-        self._prepares.append(prepare)
+        self._prepares[kind], self._births[kind] = prepare, birth
 
     def fork(self, words: Sequence[str], fds: Sequence[int]) -> int:
         """Return the pid of a new child, whose kind is the first of the words. Raises OSError."""
@@ -160,7 +161,7 @@ class Nursery:
         log = Log("nursery", sink=self._ground.log_socket)
 
         def work() -> None:
-            _nurse(theirs, self._prepares, self._lives, log)
+            _nurse(theirs, self._prepares, log)
 
         with theirs:
             child = spawn.fork(spawn.Job("bulkhead: nursery", work, log, [theirs.fileno()]))
@@ -192,24 +193,21 @@ class Nursery:
             self.pid = 0
 
 
-def _nurse(
-    sock: socket.socket,
-    prepares: Sequence[Callable[[], object]],
-    lives: Mapping[str, Life],
-    log: Log,
-) -> None:
+def _nurse(sock: socket.socket, prepares: Mapping[str, Prepare], log: Log) -> None:
     """The nursery's life: one child after the other, until the supervisor ends it.
 
     A child takes its request itself: it is forked ahead and waits at the supervisor's socket; the next one is
     forked when it has told, through a pipe, that it has taken one, and a moment later, unless another request
-    is there. In one function and few words: whatever it touches, no two of its children share.
+    is there. In one function and few words: whatever it touches, no two of its children share; and what is
+    looked up before the fork is not looked up in each of them.
     """
     spawn.freeze()
-    for prepare in prepares:
-        prepare()
+    lives = {kind: prepare() for kind, prepare in prepares.items()}
     sock.setblocking(True)
     taken, takers = os.pipe()
-    rest, rest_ms, receive = _poll_of(sock.fileno()).poll, int(REST * 1000), sock.recvmsg
+    sock_fd, rest_ms, fds_bytes = sock.fileno(), int(REST * 1000), _FDS.size
+    rest, send, receive, unpack = _poll_of(sock_fd).poll, sock.send, sock.recvmsg, _FDS.unpack
+    getpid, write, close = os.getpid, os.write, os.close
     while True:
         pid = bare_fork()
         if not pid:
@@ -221,20 +219,20 @@ def _nurse(
     try:
         if bare_fork():  # the supervisor becomes the parent of the other one
             os._exit(0)
-        os.close(taken)
-        sock.send(b"%d" % os.getpid())
+        close(taken)
+        send(b"%d" % getpid())
         data = HURRY
         while data == HURRY:
             data, ancillary, _, _ = receive(WORDS_LIMIT, _ROOM, _CLOEXEC)
         if data:
-            os.write(takers, b".")
-            os.close(takers)
-            os.close(sock.fileno())
+            write(takers, b".")
+            close(takers)
+            close(sock_fd)
             raw = ancillary[0][2]
-            fds = _FDS.unpack(raw.ljust(_FDS.size, b"\0"))[: len(raw) // 4]
+            fds = unpack(raw.ljust(fds_bytes, b"\0"))[: len(raw) // 4]
             words = data.decode().split("\0")
-            os.write(fds[-1], b"%d" % os.getpid())
-            os.close(fds[-1])
+            write(fds[-1], b"%d" % getpid())
+            close(fds[-1])
             lives[words[0]](words, fds[:-1])
         status = 0
     except BrokenPipeError:  # nobody waits for it any more

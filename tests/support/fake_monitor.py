@@ -19,13 +19,14 @@ from ipc.table import Handler, table
 CALLERS = frozenset({"root", "cri"})
 
 
-def prepare_process(_programs: Sequence[str], _group_fd: int) -> None:
-    """Nothing is prepared."""
+def prepare_process(
+    make_context: Callable[[str], Any], _programs: Sequence[str], _group_fd: int
+) -> Callable[[str], Any]:
+    """All that is needed."""
+    return make_context
 
 
-def run(
-    make_context: Callable[[str], Any], names: Sequence[str], fds: Sequence[int], ground: None = None
-) -> None:
+def run(names: Sequence[str], fds: Sequence[int], make_context: Callable[[str], Any]) -> None:
     _, container_id, pod_id, directory, *_ = names
     lock_fd, listener_fd, *_ = fds
     context = make_context(container_id)

@@ -13,13 +13,13 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from ipc import kernel
 from ipc.log import Log
 from ipc.settings import MonitorSettings
 from supervisor import spawn
-from supervisor.nursery import Nursery
+from supervisor.nursery import Life, Nursery
 from supervisor.worker import Ground
 
 main = importlib.import_module("workers.monitor.main")
@@ -80,19 +80,19 @@ def run(run_root: str, ids: list[str]) -> None:
     def make_context(_container_id: str) -> Context:
         return context
 
-    def prepare() -> None:
-        grounds.append(main.prepare_process())
+    def prepare() -> Life:
+        ground = main.prepare_process(make_context)
 
-    def live(words: Sequence[str], fds: Sequence[int]) -> None:
-        main.run(make_context, words, fds, grounds[0])
+        def live(words: Sequence[str], fds: Sequence[int]) -> None:
+            main.run(words, fds, ground)
 
-    grounds: list[Any] = []
+        return live
 
     main.preload()
     spawn.freeze()
     kernel.become_subreaper()
     nursery = Nursery(cast("Ground", Parent()))
-    nursery.add("monitor", live, prepare)
+    nursery.add("monitor", prepare)
     for container_id in ids:
         os.write(1, b"%d\n" % start(context, container_id, nursery))
     os.close(1)

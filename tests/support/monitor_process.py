@@ -137,11 +137,11 @@ class MonitorProcess:
             said = os.open(self.directory / "stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
             for target, source in ((0, null), (1, said), (2, said)):
                 os.dup2(source, target)
+            context = MonitorContext(settings)
             monitor_main.run(
-                lambda _container_id: MonitorContext(settings),
                 ("monitor", self.id, "pod", str(self.directory)),
                 (lock_fd, listener.fileno(), vault_fd),
-                monitor_main.prepare_process(["/usr/bin/crun"], rehearsed=False),
+                monitor_main.prepare_process(lambda _id: context, ["/usr/bin/crun"], rehearsed=False),
             )
             code = 0
         finally:

@@ -70,24 +70,27 @@ def without_stdin(vault_fd: int) -> None:
         close_all(fds)
 
 
-def inheritance(keeper: Keeper, directory: str) -> Callable[[], object] | None:
-    """Give a new keeper its socket; return what takes up the rest, None if there is nothing.
+def inheritance(
+    keeper: Keeper, directory: str, listener: int, vault_fd: int
+) -> tuple[int, Callable[[], object] | None]:
+    """Return a new keeper's socket, in place of `listener`, and what takes up the rest, None if there is
+    nothing.
 
     The vault has all of it still, for the next one. Raises OSError, msgspec.DecodeError.
     """
-    listeners, taken = _look(keeper.vault)
+    listeners, taken = _look(vault_fd)
     for fd in listeners:
-        os.close(keeper.listener)
-        keeper.listener = fd
+        os.close(listener)
+        listener = fd
     state = records.read_state(directory)
     if taken is not None and (state is None or _pid(taken[0]) != state.pid):
         close_all(taken[1])
         taken = None
     if state is None:
-        return None
+        return listener, None
     known = state
     data, fds = taken or _find(state)
-    return lambda: _inherit(keeper, directory, known, data, fds)
+    return listener, lambda: _inherit(keeper, directory, known, data, fds)
 
 
 def _find(state: StateRecord) -> tuple[bytes, list[int]]:

@@ -25,7 +25,7 @@ from _socket import (
     SOL_SOCKET,
     socketpair,
 )
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import WNOHANG, close, read, waitpid, waitstatus_to_exitcode, write
 from select import EPOLLIN, EPOLLPRI, epoll
 from signal import set_wakeup_fd
@@ -48,6 +48,7 @@ from workers.monitor.link import (
     STRANGER,
     TAKE,
     TAKEN,
+    TAKEN_BYTES,
 )
 from workers.monitor.log import LINE_LIMIT, Clock, LogFile, LoggedStream, Trouble
 from workers.monitor.oom import Followed, OomWatch
@@ -58,7 +59,8 @@ UNUSED = 600.0  # seconds that a keeper waits for its container
 NEWLINE = 0x0A
 ENDED_CHILD = bytes((signal.SIGCHLD,))  # what the interpreter's handler writes into hands_link
 _FDS = struct.Struct("8i")
-_ROOM = CMSG_SPACE(_FDS.size)
+_FDS_BYTES = _FDS.size
+_ROOM = CMSG_SPACE(_FDS_BYTES)
 _LINK = SOCK_SEQPACKET | SOCK_NONBLOCK
 
 
@@ -73,8 +75,8 @@ class Keeper:
     __slots__ = (
         "_early", "_epoll", "_hand", "_ready", "_recover", "code", "feed", "file", "finished_ns", "group_fd",
         "hand_pid",
-        "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "oom", "outputs", "stdin_fd",
-        "streams", "taken", "vault",
+        "hands_link", "init_fd", "init_pid", "leaving", "link", "listener", "names", "oom", "outputs",
+        "stdin_fd", "streams", "taken", "vault",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +94,7 @@ class Keeper:
         self.code: int | None = None  # of the init: -N for signal N, None if nobody knows
         self.finished_ns = 0
         self.leaving = False
+        self.names: Sequence[str] = ()  # kind, container, pod, directory; and more, of a successor
         self.listener = -1
         self.group_fd = -1  # cgroup.procs of the group that it is in
         self.feed = -1  # where output goes too, while anybody is attached
@@ -102,12 +105,14 @@ class Keeper:
         self._hand = hand
         self._recover = recover
 
-    def keep(self, listener: int, inherit: Callable[[], object] | None = None) -> bool:
+    def keep(
+        self, names: Sequence[str], listener: int, vault: int, inherit: Callable[[], object] | None
+    ) -> bool:
         """Keep until the container's init has ended: True; False if there is nothing to be kept.
 
         `inherit` takes up what a keeper had that died. Raises OSError while it makes what is its own.
         """
-        self.listener = listener
+        self.names, self.listener, self.vault = names, listener, vault
         # The C type: the class above it costs a quarter of what the keeper may have.
         self.link, self.hands_link = socketpair(AF_UNIX, _LINK)
         set_wakeup_fd(self.hands_link.fileno())
@@ -151,7 +156,7 @@ class Keeper:
             self._epoll.unregister(fd)
             close(fd)
             del self.streams[fd]
-        elif stream.begun or file.strained or len(chunk) > LINE_LIMIT or chunk[-1] != NEWLINE:
+        elif stream.encoder.rest or len(chunk) > LINE_LIMIT or chunk[-1] != NEWLINE:
             stream.take(chunk, chunk[-1] != NEWLINE and waiting_bytes(fd) > 0)
         else:
             head = stream.clock.stamp() + stream.label
@@ -256,7 +261,7 @@ class Keeper:
         """Return what a hand says: kind, text, descriptors."""
         data, ancillary, _, _ = self.link.recvmsg(PACKET, _ROOM, MSG_CMSG_CLOEXEC)
         raw = ancillary[0][2] if ancillary else b""
-        return data[:1], data[1:], list(_FDS.unpack(raw.ljust(_FDS.size, b"\0")))[: len(raw) // 4]
+        return data[:1], data[1:], list(_FDS.unpack(raw.ljust(_FDS_BYTES, b"\0")))[: len(raw) // 4]
 
     def answer(self, data: bytes = b"") -> None:
         """Answer a hand. One that takes no more of them hangs, and will be no more."""
@@ -265,7 +270,7 @@ class Keeper:
 
     def take(self, data: bytes, fds: list[int]) -> None:
         """A container was created: its descriptors, its init, the memory group that is to be followed."""
-        pid, kin, stdin, log, oom, oom_fds, others = TAKEN.unpack(data[: TAKEN.size])
+        pid, kin, stdin, log, oom, oom_fds, others = TAKEN.unpack(data[:TAKEN_BYTES])
         if log:
             self.file.replace(fds.pop(0))
         if stdin:
@@ -274,7 +279,7 @@ class Keeper:
             self.init_fd = fds.pop(0)
             self._epoll.register(self.init_fd, EPOLLIN)
         if oom:
-            self._follow_oom(OomWatch(data[TAKEN.size :].decode(), oom, Followed(fds[:oom_fds], others)))
+            self._follow_oom(OomWatch(data[TAKEN_BYTES:].decode(), oom, Followed(fds[:oom_fds], others)))
             del fds[:oom_fds]
         for fd in fds:  # a terminal is one
             self.streams[fd] = self._ready.pop(0)
@@ -320,11 +325,9 @@ def rehearse() -> None:
 def _rehearse_once() -> None:
     bell = os.eventfd(1, os.EFD_CLOEXEC)  # somebody connects
     keeper = Keeper(_play_hand, print, print)
-    keeper.keep(bell)
+    keeper.keep((), bell, -1, None)
     keeper.hand_over()
-    if keeper.hand_pid:
-        waitpid(keeper.hand_pid, 0)
-    close_all([bell, keeper.init_fd, *keeper.streams])
+    close_all([bell, *keeper.streams])
     keeper.file.replace(-1)
     keeper.link.close()
     keeper.hands_link.close()
@@ -332,11 +335,11 @@ def _rehearse_once() -> None:
 
 def _play_hand(keeper: Keeper) -> None:
     os.eventfd_read(keeper.listener)
-    init_fd, _held_until_the_end = os.pipe()
     outputs = [os.pipe() for _ in range(2)]
     for _, write_fd in outputs:
         os.write(write_fd, b"first\nsecond\n")
         os.close(write_fd)
-    fds = [os.memfd_create("log", os.MFD_CLOEXEC), init_fd, *(read_fd for read_fd, _ in outputs)]
+    fds = [os.memfd_create("log", os.MFD_CLOEXEC), *(read_fd for read_fd, _ in outputs)]
     rights = [(SOL_SOCKET, SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
-    keeper.hands_link.sendmsg([TAKE + TAKEN.pack(0, STRANGER, False, True, 0, 0, -1)], rights)
+    keeper.hands_link.sendmsg([TAKE + TAKEN.pack(1, CHILD, False, True, 0, 0, -1)], rights)
+    keeper.hands_link.send(LEAVE)  # which is done once this hand is reaped

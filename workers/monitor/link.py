@@ -22,6 +22,7 @@ STDIO, FEED, SHUT = b"S", b"F", b"H"
 ANSWER, ENDED, RECORD, OVER = b"A", b"E", b"X", b"O"
 #: As link.Taken has it, and in the order of the descriptors.
 TAKEN = struct.Struct("<iBBBBBq")
+TAKEN_BYTES = TAKEN.size
 COUNTS = struct.Struct("<QQ")
 #: The init is the keeper's child, somebody else's (a pidfd comes along), or was gone at once.
 CHILD, STRANGER, GONE = range(3)

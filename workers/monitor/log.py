@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Callable
 from os import write
-from time import localtime, time_ns
+from time import localtime, strftime, time_ns
 
 LINE_LIMIT = 16 * 1024  # bytes of text in one record, as the other runtimes have it
 Records = list[bytes | memoryview]  # buffers that make up whole records, for one writev
@@ -39,12 +39,8 @@ class Clock:
         return b"%s.%09d%s" % (self._head, nanosecond, self._zone)
 
     def _turn(self, second: int) -> None:
-        local = localtime(second)
-        minutes = local.tm_gmtoff // 60
-        sign = "-" if minutes < 0 else "+"
-        self._second = second
-        self._head = b"%04d-%02d-%02dT%02d:%02d:%02d" % local[:6]
-        self._zone = f"{sign}{abs(minutes) // 60:02d}:{abs(minutes) % 60:02d}".encode()
+        text = strftime("%Y-%m-%dT%H:%M:%S%z", localtime(second)).encode()
+        self._second, self._head, self._zone = second, text[:-5], text[-5:-2] + b":" + text[-2:]
 
 
 class Encoder:
@@ -132,13 +128,11 @@ class LogFile:
         self._torn = b""  # the end of a record whose beginning is in the file
         self._fd = fd
 
-    @property
-    def strained(self) -> bool:
-        """True if it needs `write`: there is no file, or it did not take everything."""
-        return self._fd < 0 or bool(self._torn) or self.failing
-
     def append(self, data: bytes) -> None:
-        """Append whole records to a file that is not strained."""
+        """`write` in few words, as long as the file takes everything."""
+        if self._fd < 0 or self._torn or self.failing:
+            self.write([data])
+            return
         try:
             done = write(self._fd, data)
         except OSError:
@@ -230,23 +224,18 @@ class LogFile:
 class LoggedStream:
     """A container's stdout or stderr on its way into the log."""
 
-    __slots__ = ("_encoder", "_file", "clock", "label")
+    __slots__ = ("_file", "clock", "encoder", "label")
 
     def __init__(self, name: str, clock: Clock, file: LogFile) -> None:
         self.clock = clock
-        self._encoder = Encoder(name)
-        self.label = self._encoder.label  # of a whole line
+        self.encoder = Encoder(name)
+        self.label = self.encoder.label  # of a whole line
         self._file = file
-
-    @property
-    def begun(self) -> bool:
-        """True if a line has begun."""
-        return bool(self._encoder.rest)
 
     def take(self, chunk: bytes, more: bool) -> None:
         """Log a chunk."""
-        self._file.write(self._encoder.feed(chunk, self.clock.stamp(), more=more))
+        self._file.write(self.encoder.feed(chunk, self.clock.stamp(), more=more))
 
     def finish(self) -> None:
         """Log what was begun."""
-        self._file.write(self._encoder.finish(self.clock.stamp()))
+        self._file.write(self.encoder.finish(self.clock.stamp()))

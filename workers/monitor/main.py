@@ -15,8 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ipc import kernel, pools, wire
 from ipc.errors import RemoteError
@@ -157,18 +156,26 @@ def preload() -> None:
     kernel.bare_prctl(kernel.PR_GET_DUMPABLE)
 
 
-@dataclass
-class Ground:
-    """What a monitor inherits: its parts, which have nothing yet, and what stops the holes around them."""
+class Ground(NamedTuple):
+    """What a monitor inherits: its keeper, which has nothing yet, that one's life and the monitor's end, and
+    what stops the holes around them. To be unpacked: a name is a page."""
 
-    monitor: Monitor
     keeper: Keeper
+    keep: Callable[..., bool]
+    end: Callable[[], None]
     fillers: list[object]
 
 
-def prepare_process(programs: Sequence[str] = (), group_fd: int = -1, *, rehearsed: bool = True) -> Ground:
+def prepare_process(
+    make_context: Callable[[str], Context],
+    programs: Sequence[str] = (),
+    group_fd: int = -1,
+    *,
+    rehearsed: bool = True,
+) -> Ground:
     """What all monitors have in common: once, in whoever forks nothing but them, or in one alone.
 
+    `make_context` gets the container's id; it is called where it is needed, not in a keeper.
     `programs`: those of OCI runtimes that are to be executed from sealed memory. `group_fd`: cgroup.procs of
     the group that monitors are in, -1 if they are in none.
     """
@@ -189,48 +196,38 @@ def prepare_process(programs: Sequence[str] = (), group_fd: int = -1, *, rehears
         rehearse()
     gc.collect()
     fillers += pools.fill()
-    monitor = Monitor(score.normal, Sealed(programs))
-    keeper = Keeper(monitor.hand, monitor.trouble, monitor.recover)
+    monitor = Monitor(make_context, score.normal, Sealed(programs))
+    monitor.keeper = keeper = Keeper(monitor.hand, monitor.trouble, monitor.recover)
     keeper.group_fd = group_fd
-    ground = Ground(monitor, keeper, fillers)
+    ground = Ground(keeper, keeper.keep, monitor.end, fillers)
     gc.freeze()
     return ground
 
 
-def run(
-    make_context: Callable[[str], Context],
-    names: Sequence[str],
-    fds: Sequence[int],
-    ground: Ground | None = None,
-) -> None:
+def run(names: Sequence[str], fds: Sequence[int], ground: Ground) -> None:
     """A monitor's life. `names`: its kind, container, pod, directory; and more, if it succeeds one that died.
 
     `fds`: the directory's lock, close-on-exec, held to the end, which is how others see that it lives; the
-    listening socket, which a successor has in its vault; the vault, if there is one. `make_context` gets the
-    container's id; it is called where it is needed, not in a keeper.
+    listening socket, which a successor has in its vault; the vault, if there is one.
     `ground`: what `prepare_process` returned in the process that forked this one.
     """
-    ground = ground or prepare_process(rehearsed=False)
     bare_prctl(PR_SET_CHILD_SUBREAPER, 1)
-    monitor, keeper = ground.monitor, ground.keeper
-    monitor.make_context = make_context
-    monitor.names = names[:4]
+    keeper, keep, end, _ = ground
     inherit = None
-    keeper.listener = fds[1]
-    if len(fds) > 2:
-        keeper.vault = fds[2]
+    listener, vault = fds[1], fds[2] if len(fds) > 2 else -1
     if len(names) > 4:
-        inherit = heir.inheritance(keeper, names[3])
-    if keeper.keep(keeper.listener, inherit):
-        monitor.end(keeper)
+        listener, inherit = heir.inheritance(keeper, names[3], listener, vault)
+    if keep(names, listener, vault, inherit):
+        end()
 
 
 class Monitor:
     """One monitor's parts, made when they are needed: its keeper needs none of them."""
 
-    def __init__(self, normal_score: int, sealed: Sealed) -> None:
-        self.make_context: Callable[[str], Context]
-        self.names: Sequence[str] = ("", "", "", "")  # kind, container, pod, directory
+    keeper: Keeper
+
+    def __init__(self, make_context: Callable[[str], Context], normal_score: int, sealed: Sealed) -> None:
+        self._make_context = make_context
         self._normal_score = normal_score
         self._sealed = sealed
         self._environment = environment(os.environ)
@@ -238,8 +235,8 @@ class Monitor:
     def _begin(self, keeper: Keeper) -> None:
         gc.freeze()  # garbage of before the fork may own descriptors, whose numbers are others' now
         gc.enable()
-        self._context = self.make_context(self.names[1])
-        _, self._container_id, self._pod_id, self._directory = self.names
+        _, self._container_id, self._pod_id, self._directory, *_ = keeper.names
+        self._context = self._make_context(self._container_id)
         self._listener = socket.socket(fileno=keeper.listener)
 
     def _log(self) -> ContainerLog:
@@ -247,14 +244,14 @@ class Monitor:
 
     def trouble(self, event: str, **fields: object) -> None:
         """Log what goes wrong in the keeper."""
-        _, container_id, pod_id, _ = self.names
-        ContainerLog(self.make_context(container_id).log, pod=pod_id, container=container_id).warning(
+        _, container_id, pod_id, *_ = self.keeper.names
+        ContainerLog(self._make_context(container_id).log, pod=pod_id, container=container_id).warning(
             event, **fields
         )
 
     def recover(self, keeper: Keeper) -> None:
         """A hand died before it gave the keeper anything."""
-        heir.recover(keeper, self.names[3])
+        heir.recover(keeper, keeper.names[3])
 
     def hand(self, keeper: Keeper) -> None:
         """Be a hand, in a forked child. Does not return."""
@@ -263,8 +260,8 @@ class Monitor:
             self._serve_as_hand(keeper)
             status = 0
         except BaseException as error:  # noqa: BLE001 - a child never runs its parent's clean-up
-            container_id = self.names[1]
-            log = self.make_context(container_id).log
+            container_id = keeper.names[1]
+            log = self._make_context(container_id).log
             log.bug("a monitor's hand ended by a bug", error, container=container_id)
         finally:
             os._exit(status)
@@ -294,8 +291,9 @@ class Monitor:
             loop.turn(until - loop.time())
         server.close()
 
-    def end(self, keeper: Keeper) -> None:
+    def end(self) -> None:
         """The container's init has ended: see to the rest."""
+        keeper = self.keeper
         keeper.hand_over()
         self._begin(keeper)
         loop = Loop()

@@ -20,7 +20,6 @@ from ipc.messages import Body, Request
 from ipc.messages import monitor as messages
 from tests.support.monitor_process import MonitorProcess, Wish, busybox_root, children_of, monitor, until
 from workers.monitor import hand, lastact, records
-from workers.monitor.keeper import Keeper
 from workers.monitor.main import Monitor
 from workers.monitor.runtime import Invocation, Launcher
 
@@ -113,10 +112,11 @@ def test_a_hand_that_ends_just_when_the_container_does_is_not_waited_for(
 ) -> None:
     original = Monitor.end
 
-    def late(self: Monitor, keeper: Keeper) -> None:
+    def late(self: Monitor) -> None:
+        keeper = self.keeper
         os.kill(keeper.hand_pid, signal.SIGKILL)
         until(lambda: ") Z " in Path(f"/proc/{keeper.hand_pid}/stat").read_text())
-        original(self, keeper)
+        original(self)
 
     monkeypatch.setattr(Monitor, "end", late)
     mon.run("sh", "-c", "sleep 0.3; exit 3")
