@@ -173,6 +173,9 @@ class Monitors:
         self._ground.reaper.reap()  # one that has died and not been reaped is about to have a successor
         if held.is_held(directory):
             raise precondition(f"the monitor of container {container_id} lives")
+        if os.path.isdir(directory) and self._succession.is_due(container_id):
+            # What it held is free; what it left undone (the runtime's state, its groups) nobody has done.
+            raise precondition(f"the monitor of container {container_id} has died and has no successor yet")
         self._succession.forget(container_id)
         remove_tree(directory)
 

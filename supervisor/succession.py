@@ -138,6 +138,11 @@ class Succession:
         """True if there is something to succeed to."""
         return container_id in self._wards
 
+    def is_due(self, container_id: str) -> bool:
+        """True if a monitor has died, or ended and nobody has looked how, and its successor has not begun."""
+        ward = self._wards.get(container_id)
+        return ward is not None and (ward.bereft or ward.pidfd >= 0)
+
     def count(self, container_id: str) -> int:
         """How many of a container's monitors have died."""
         ward = self._wards.get(container_id)

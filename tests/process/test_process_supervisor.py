@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ipc import kernel
 from ipc.blocking import Client
 from ipc.errors import Code, RemoteError
 from ipc.messages import Request, monitor, storage
@@ -252,6 +253,30 @@ def end_monitor(instance: Instance, client: Client, container: str = CONTAINER) 
     request = messages.MonitorList(container_id=container)
     eventually(lambda: not client.call(request).monitors[0].alive)
     client.call(messages.MonitorRemove(container_id=container))
+
+
+def test_a_monitor_that_has_died_is_not_removed_before_its_successor_has_done_its_part(
+    instance: Instance,
+) -> None:
+    """A child of it holds its lock for a moment longer; when that goes there is no successor yet."""
+    directory = f"{instance.run_root}/monitors/{CONTAINER}"
+    removal = messages.MonitorRemove(container_id=CONTAINER)
+    with instance.client() as client:
+        pid = client.call(messages.MonitorStart(container_id=CONTAINER, pod_id=POD)).pid
+        lock = os.stat(f"{directory}/lock")
+        fds = (int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+        lock_fd = next(fd for fd in fds if os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), lock))
+        pidfd = os.pidfd_open(pid)
+        ours = kernel.pidfd_getfd(pidfd, lock_fd)
+        os.close(pidfd)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RemoteError, match="lives"):
+            client.call(removal)
+        os.close(ours)
+        with pytest.raises(RemoteError, match=r"no successor yet|lives"):
+            client.call(removal)
+        eventually(lambda: client.call(messages.MonitorList(container_id=CONTAINER)).monitors[0].alive)
+        end_monitor(instance, client)
 
 
 def test_a_monitor_is_there_when_the_answer_comes_and_has_nothing_it_was_not_given(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ipc import vault
 from ipc.loop import Loop
 from ipc.messages import Empty, monitor
 from ipc.serve import Call, Server
@@ -27,8 +28,10 @@ def prepare_process(
 
 
 def run(names: Sequence[str], fds: Sequence[int], make_context: Callable[[str], Any]) -> None:
-    _, container_id, pod_id, directory, *_ = names
+    _, container_id, pod_id, directory, *successor = names
     lock_fd, listener_fd, *_ = fds
+    if successor:
+        listener_fd = next(found[0] for kind, _, found in vault.look(fds[2]) if kind == vault.LISTENER)
     context = make_context(container_id)
     loop = Loop()
     listener = socket.socket(fileno=listener_fd)
