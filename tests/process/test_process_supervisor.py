@@ -272,6 +272,7 @@ def test_a_monitor_that_has_died_is_not_removed_before_its_successor_has_done_it
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(RemoteError, match="lives"):
             client.call(removal)
+        eventually(lambda: not alive(pid))
         os.close(ours)
         with pytest.raises(RemoteError, match=r"no successor yet|lives"):
             client.call(removal)
